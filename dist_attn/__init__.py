@@ -1,0 +1,29 @@
+"""Attention over a sequence that is sharded over ranks: exact, forward and backward.
+
+Letters of every shape: B batch, L this rank's tokens, H query heads, G KV heads, D head dim.
+"""
+
+from ringspan.dist_attn.api import attention, attention_with_lse
+from ringspan.dist_attn.exchange import Disagreement, Traffic
+from ringspan.dist_attn.layout import Contiguous, ZigZag
+from ringspan.dist_attn.planner import Plan, plan
+from ringspan.dist_attn.sharding import shard, unshard
+from ringspan.kernels.mask import Causal, Documents, Full, Mask, Span
+
+__all__ = [
+    "Causal",
+    "Contiguous",
+    "Disagreement",
+    "Documents",
+    "Full",
+    "Mask",
+    "Plan",
+    "Span",
+    "Traffic",
+    "ZigZag",
+    "attention",
+    "attention_with_lse",
+    "plan",
+    "shard",
+    "unshard",
+]

@@ -1,0 +1,276 @@
+"""The public call: validate, let the ranks agree, plan, run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringspan.dist_attn.exchange import Exchange, Traffic, agree
+from ringspan.dist_attn.layout import Contiguous, Layout
+from ringspan.dist_attn.planner import Plan, check_strategy
+from ringspan.dist_attn.ring import Call, RingAttention
+from ringspan.dist_attn.schedule import Schedule, schedule
+from ringspan.kernels.mask import Causal, Mask, batch_rows
+from ringspan.kernels.select import select
+
+Group = dist.ProcessGroup | DeviceMesh | None
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a caller that has agreed on its batch beforehand adds: see ``parallel.context``.
+
+    ``label`` tells layers with equal plans apart; ``traffic`` counts bytes; ``agreed`` skips the per-call agreement;
+    ``kept`` is (out, lse) of an identical earlier call, taken instead of running.
+    """
+
+    label: int = 0
+    traffic: Traffic | None = None
+    agreed: bool = False
+    kept: tuple[Tensor, Tensor] | None = None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Sequence[Mask] = Causal(),  # noqa: B008 - a frozen value
+    group: Group = None,
+    layout: Layout | None = None,
+    strategy: str = "auto",
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    length: int | None = None,
+    first_kv_head: int = 0,
+    total_kv_heads: int | None = None,
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """Exact attention over a sequence that is sharded over ``group``; differentiable in q, k, v and sinks.
+
+    Shapes: B batch, L this rank's tokens, H query heads, G KV heads (H a multiple of G), D head dim.
+
+    Args:
+        q: [B, L, H, D]; k, v: [B, L, G, D]; one dtype of float64, float32, bfloat16, float16.
+        mask: over global positions; one for all batch rows, or a sequence of B.
+        group: None: this process holds all tokens. Else the ranks that share the sequence.
+        layout: who holds which tokens; required when the group has more than one rank.
+        strategy: "ring", or "auto" (takes the ring).
+        sinks: [H] learned logits of one more key without a value; ``sinks.grad`` is this rank's part, to be summed over
+            the group with the other parameters' gradients.
+        scale: factor on the logits; None: D ** -0.5.
+        length: global tokens; None: world x L. Give it where shares are uneven.
+        first_kv_head, total_kv_heads: where this rank's KV heads stand among the model's (tensor parallelism).
+        traffic: counters of bytes moved, added to in place.
+
+    Returns:
+        out [B, L, H, D] in q's dtype; 0 for a query that sees no key.
+
+    Raises:
+        ValueError: on every rank alike, naming the argument, its value and the rule.
+    """
+    extras = Extras(traffic=traffic)
+    return run(
+        q,
+        k,
+        v,
+        mask,
+        group,
+        layout,
+        strategy,
+        sinks,
+        scale,
+        length,
+        first_kv_head,
+        total_kv_heads,
+        extras,
+    )[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Sequence[Mask] = Causal(),  # noqa: B008 - a frozen value
+    group: Group = None,
+    layout: Layout | None = None,
+    strategy: str = "auto",
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    length: int | None = None,
+    first_kv_head: int = 0,
+    total_kv_heads: int | None = None,
+    traffic: Traffic | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Like ``attention``; also return lse [B, L, H], natural log, fp32 (fp64 for fp64), sinks joined; differentiable.
+
+    lse is -inf for a query that sees no key and has no sink.
+    """
+    extras = Extras(traffic=traffic)
+    return run(
+        q,
+        k,
+        v,
+        mask,
+        group,
+        layout,
+        strategy,
+        sinks,
+        scale,
+        length,
+        first_kv_head,
+        total_kv_heads,
+        extras,
+    )
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Sequence[Mask],
+    group: Group,
+    layout: Layout | None,
+    strategy: str,
+    sinks: Tensor | None,
+    scale: float | None,
+    length: int | None,
+    first_kv_head: int,
+    total_kv_heads: int | None,
+    extras: Extras,
+) -> tuple[Tensor, Tensor]:
+    """Validate, agree, plan and run; the arguments are ``attention``'s."""
+    process_group = to_group(group)
+    rank, world = place(process_group)
+    fault, masks = None, []
+    try:
+        _check_tensors(q, k, v, sinks, first_kv_head, total_kv_heads)
+        check_strategy(strategy)
+        length = _check_length(q.shape[1], layout, rank, world, length)
+        masks = batch_rows(mask, q.shape[0])
+        for each in masks:
+            each.check(length)
+    except ValueError as error:
+        if world == 1 or extras.agreed:
+            raise
+        fault = str(error)
+    layout = layout or Contiguous()
+    if world > 1 and not extras.agreed:
+        agree(process_group, _facts(q, k, masks, layout, length, strategy, scale, sinks), fault)
+    assert length is not None
+    parts = _parts(masks, layout, world, length)
+    exchange = None
+    if process_group is not None and world > 1:
+        digest = _digest(parts, q, k)
+        exchange = Exchange(process_group, digest, extras.label, extras.traffic or Traffic())
+    kernel, _ = select(q.device)
+    call = Call(parts, rank, exchange, scale if scale is not None else q.shape[-1] ** -0.5, kernel)
+    return RingAttention.apply(q, k, v, sinks, call, extras.kept)  # pyright: ignore[reportReturnType]
+
+
+def to_group(group: Group) -> dist.ProcessGroup | None:
+    """Return the process group of a 1-D mesh, or the group itself."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group: a mesh of {group.ndim} dimensions; give a ProcessGroup or a 1-D mesh")
+        return group.get_group()
+    return group
+
+
+def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return (rank, world) within the group; (0, 1) for None."""
+    if group is None:
+        return 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: this process is not one of its ranks")
+    return rank, dist.get_world_size(group)
+
+
+def _parts(masks: list[Mask], layout: Layout, world: int, length: int) -> tuple[tuple[slice, Schedule], ...]:
+    """Give neighbouring batch rows with one mask one schedule, so that they travel together."""
+    parts: list[tuple[slice, Schedule]] = []
+    start = 0
+    for row in range(1, len(masks) + 1):
+        if row == len(masks) or masks[row] != masks[start]:
+            parts.append((slice(start, row), schedule(masks[start], layout, world, length)))
+            start = row
+    return tuple(parts)
+
+
+def _digest(parts: tuple[tuple[slice, Schedule], ...], q: Tensor, k: Tensor) -> str:
+    return Plan(tuple(s for _, s in parts), "ring", q.shape[2], k.shape[2], q.shape[3], q.dtype).hash
+
+
+def _facts(
+    q: Tensor,
+    k: Tensor,
+    masks: list[Mask],
+    layout: Layout,
+    length: int | None,
+    strategy: str,
+    scale: float | None,
+    sinks: Tensor | None,
+) -> str:
+    shared = masks[0] if len(set(masks)) == 1 else masks
+    return (
+        f"batch {q.shape[0]}, length {length}, heads {q.shape[2]}/{k.shape[2]} x {q.shape[3]}, {q.dtype}, "
+        f"{layout}, {strategy}, scale {scale}, sinks {sinks is not None}, mask {shared}"
+    )
+
+
+def _check_length(local: int, layout: Layout | None, rank: int, world: int, length: int | None) -> int:
+    if layout is None and world > 1:
+        raise ValueError(f"layout: required with {world} ranks; say who holds which tokens, e.g. layout=ZigZag()")
+    length = world * local if length is None else length
+    share = local if layout is None else layout.share(rank, world, length)
+    if layout is None and length != local:
+        raise ValueError(f"length: {length}, but the only rank holds {local} tokens")
+    if share != local:
+        raise ValueError(
+            f"q: {local} tokens, but rank {rank} of {world} holds {share} of {length} in {layout}; "
+            "shard with the same layout, and pass length= where shares are uneven"
+        )
+    return length
+
+
+def _check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    first_kv_head: int,
+    total_kv_heads: int | None,
+) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "must be [B, L, H, D] and twice [B, L, G, D]"
+        )
+    batch, tokens, heads, dim = q.shape
+    if k.shape[:2] != (batch, tokens) or k.shape[3] != dim:
+        raise ValueError(
+            f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; batch, tokens and head dim must be equal"
+        )
+    if k.shape[2] < 1 or heads % k.shape[2]:
+        raise ValueError(
+            f"k: {k.shape[2]} KV heads for {heads} query heads; the query heads must be a multiple of them"
+        )
+    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype}; must be one of float64, float32, bfloat16, float16"
+        )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k, v: devices {q.device}, {k.device}, {v.device}; must be one device")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks: shape {tuple(sinks.shape)}; must be [{heads}], one logit per query head")
+    total = first_kv_head + k.shape[2] if total_kv_heads is None else total_kv_heads
+    if first_kv_head < 0 or first_kv_head + k.shape[2] > total:
+        raise ValueError(f"first_kv_head: {first_kv_head} + {k.shape[2]} KV heads here exceeds total_kv_heads {total}")

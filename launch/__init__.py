@@ -1,0 +1,1 @@
+"""The verbs: what the command line starts. The only folder that reads configs."""

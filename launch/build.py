@@ -1,0 +1,135 @@
+"""From the config to objects: the only module that knows both sides."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ringspan.configs.schema import Config
+from ringspan.dist_attn import Contiguous, ZigZag
+from ringspan.finetune import rope as rope_scaling
+from ringspan.finetune.data import SequenceStream
+from ringspan.finetune.documents import find_files
+from ringspan.finetune.evaluate import Judge
+from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
+from ringspan.launch.ranks import Place
+from ringspan.parallel.context import SequenceContext
+from ringspan.parallel.faults import Fault
+
+_LAYOUTS = {"zigzag": ZigZag, "contiguous": Contiguous}
+
+
+def check_inputs(config: Config) -> None:
+    """Look at everything the run will read or write, before any rank is started.
+
+    Raises:
+        Fault: the first thing that is missing, unknown or impossible.
+    """
+    hf_config = read_config(config.model.path, config.model.config, config.model.made_by)
+    find_files(
+        config.data.path,
+        root=config.data.root,
+        format=config.data.format,
+        made_by=config.data.made_by,
+    )
+    if config.eval.path is not None:
+        find_files(config.eval.path, root=config.data.root, made_by=config.data.made_by)
+    read_tokenizer(tokenizer_path(config))
+    scaling(config, hf_config)
+    folder = Path(config.train.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise Fault(f"train.output_dir: {folder} cannot be written: {error.strerror}; choose another folder") from error
+    if shutil.disk_usage(folder).free < 1 << 20:
+        raise Fault(f"train.output_dir: {folder} has less than 1 MiB free; choose another disk")
+
+
+def tokenizer_path(config: Config) -> str:
+    """Return where the tokenizer comes from: model.tokenizer, else model.path."""
+    path = config.model.tokenizer or config.model.path
+    assert path is not None, "the schema asks for one of both"
+    return path
+
+
+def scaling(config: Config, hf_config: Any) -> rope_scaling.Rope | None:
+    """Return the RoPE scaling the config asks for, worked out for this model; None without a rope section."""
+    if config.rope is None:
+        return None
+    target = config.rope.target_length or config.data.seq_length
+    return rope_scaling.work_out(hf_config, config.rope.type, target_length=target, factor=config.rope.factor)
+
+
+def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
+    """Build the model to train; ``scaled=False``: as it came, without RoPE scaling, LoRA or checkpointing."""
+    hf_config = read_config(config.model.path, config.model.config, config.model.made_by)
+    lora = config.lora
+    return build(
+        hf_config,
+        path=config.model.path,
+        rope=scaling(config, hf_config) if scaled else None,
+        lora=Lora(lora.r, lora.alpha, lora.dropout, lora.target_modules) if lora and scaled else None,
+        checkpointing=config.train.activation_checkpointing and scaled,
+        seed=config.train.seed,
+        device=place.device,
+    )
+
+
+def make_stream(config: Config, tokenizer: Any) -> SequenceStream:
+    """Build the endless stream of packed sequences."""
+    data = config.data
+    return SequenceStream(
+        data.path,
+        tokenizer,
+        seq_length=data.seq_length,
+        root=data.root,
+        format=data.format,
+        text_field=data.text_field,
+        packing=data.packing,
+        overlong=data.overlong,
+        on_bad_line=data.on_bad_line,
+        shuffle_block=data.shuffle_block,
+        seed=config.train.seed,
+        made_by=data.made_by,
+    )
+
+
+def make_context(config: Config, place: Place) -> SequenceContext:
+    """Build the context that shares sequences over the ranks."""
+    return SequenceContext(
+        place.group,
+        layout=_LAYOUTS[config.attention.layout](),
+        strategy=config.attention.strategy,
+        keep_attention=config.train.activation_checkpointing,
+    )
+
+
+def make_judge(config: Config, trained: Trained, context: SequenceContext, place: Place) -> Judge:
+    """Build what evaluations need."""
+    return Judge(trained, context, place.device, autocast(config, place), config.train.loss_chunk)
+
+
+def autocast(config: Config, place: Place) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a maker of the compute dtype's context: bf16 by autocast over fp32 weights, or nothing."""
+    if config.model.dtype == "bfloat16":
+        return lambda: torch.autocast(place.device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def rope_facts(trained: Trained) -> str:
+    """Return one line for the banner."""
+    return str(trained.rope) if trained.rope is not None else "as the model has it"
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """Return the config as plain values, for trackers."""
+    return asdict(config) if hasattr(config, "__dataclass_fields__") else config.model_dump(mode="json")

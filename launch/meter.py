@@ -1,0 +1,136 @@
+"""What a step cost: tokens a second, memory of each rank, bytes moved beside the bytes that had to be."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringspan.configs.schema import Config
+from ringspan.dist_attn import Causal, Documents, Plan, plan
+from ringspan.finetune.model import Trained
+from ringspan.launch.ranks import Place
+from ringspan.parallel.context import SequenceContext
+from ringspan.parallel.documents import Boundaries, rows_of
+
+
+class Meter:
+    """Counts over a run; rows are for the tracker, the summary for the report."""
+
+    def __init__(self, config: Config, place: Place, trained: Trained, context: SequenceContext) -> None:
+        self._place, self._context, self._trained = place, context, trained
+        hf = trained.base.config
+        self._heads = int(hf.num_attention_heads)
+        self._kv_heads = int(getattr(hf, "num_key_value_heads", None) or self._heads)
+        self._head_dim = int(getattr(hf, "head_dim", None) or hf.hidden_size // self._heads)
+        self._dtype = getattr(torch, config.model.dtype)
+        self._steps = 0
+        self._seconds = 0.0
+        self._tokens = 0
+        self._bound = 0  # bytes that all ranks together had to receive, over the run
+        self._step_bound = 0
+        self._step_area = 0
+        self._seen = context.traffic.received_payload
+        self._received = torch.zeros(place.world, dtype=torch.float64)
+        self._peaks = [self.peak_gib(place)] * place.world
+
+    def plan(self, boundaries: Boundaries, batch: int) -> None:
+        """Add one micro-batch's lower bound: K and V twice (forward, backward), dK and dV once in fp32 (fp64)."""
+        for edges in rows_of(boundaries, batch):
+            each = self._planned(edges)
+            forward = sum(each.lower_bound_bytes(rank) for rank in range(self._place.world))
+            gradients = forward * (8 if self._dtype == torch.float64 else 4) // self._dtype.itemsize
+            self._step_bound += (2 * forward + gradients) * self._trained.attention_layers
+            self._step_area += sum(each.area(rank) for rank in range(self._place.world))
+
+    def _planned(self, edges: tuple[int, ...]) -> Plan:
+        mask = Causal() if len(edges) == 2 else Causal() & Documents(edges)
+        return plan(
+            mask,
+            self._context.layout,
+            world=self._place.world,
+            length=edges[-1],
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            head_dim=self._head_dim,
+            dtype=self._dtype,
+        )
+
+    def sum(self, value: Tensor) -> float:
+        """Return the sum of a scalar over the ranks."""
+        if self._place.group is not None:
+            dist.all_reduce(value, group=self._place.group)
+        return float(value)
+
+    def row(self, began: float, data_time: float, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return the step's numbers; every rank must call it."""
+        mine = torch.tensor(
+            [self._context.traffic.received_payload - self._seen, self.peak_gib(self._place)],
+            dtype=torch.float64,
+            device=self._place.device,
+        )
+        self._seen = self._context.traffic.received_payload
+        gathered = [torch.empty_like(mine) for _ in range(self._place.world)]
+        if self._place.group is None:
+            gathered = [mine]
+        else:
+            dist.all_gather(gathered, mine, group=self._place.group)
+        seconds = time.monotonic() - began
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        received = [float(each[0]) for each in gathered]
+        self._peaks = [float(each[1]) for each in gathered]
+        flops = self._flops(tokens)
+        if self._steps:  # the first step warms up
+            self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
+        self._steps += 1
+        self._bound += self._step_bound
+        self._received += torch.tensor(received, dtype=torch.float64)
+        row = {
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/tokens_per_second_per_rank": tokens / seconds / self._place.world,
+            "perf/tflops_per_rank": flops / seconds / self._place.world / 1e12,
+            "perf/step_time": seconds,
+            "perf/data_time": data_time,
+            "perf/bytes_per_step": sum(received),
+            "perf/bytes_lower_bound": float(self._step_bound),
+            "memory/peak_gib": max(self._peaks),
+        }
+        row |= {f"memory/peak_gib_rank{rank}": peak for rank, peak in enumerate(self._peaks)}
+        self._step_bound = self._step_area = 0
+        return row
+
+    def _flops(self, tokens: int) -> float:
+        """Return model FLOPs of the step: 6 a parameter and token; 12 a live pair, head, layer and feature."""
+        parameters, trainable = self._trained.counts()
+        dense = tokens * (4 * parameters + 2 * trainable)
+        return dense + 12.0 * self._step_area * self._heads * self._head_dim * self._trained.attention_layers
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's averages for evaluation.json."""
+        steps = max(self._steps, 1)
+        return {
+            "bytes": {
+                "received_per_step": [float(each) / steps for each in self._received],
+                "lower_bound_per_step": [self._bound / steps / self._place.world] * self._place.world,
+                "total_received_per_step": float(self._received.sum()) / steps,
+                "total_lower_bound_per_step": self._bound / steps,
+                "unit": "bytes",
+            },
+            "memory": {"peak_gib": self._peaks},
+            "throughput": {
+                "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
+                "ranks": self._place.world,
+            },
+        }
+
+    @staticmethod
+    def peak_gib(place: Place) -> float:
+        """Return this process's peak memory: the allocator's on a GPU, resident size on the CPU."""
+        if place.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(place.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,1 @@
+"""An ordinary nn.Module made parallel; the model does not know."""
