@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ HEADS, GROUPS, DIM = 8, 2, 64
 class Silent(Exchange):
     """Takes messages and moves nothing."""
 
-    def post(self, round_id: int, sends: list[tuple[int, Message]], receives: list[tuple[int, Message]]) -> Pending:
+    def post(
+        self, round_id: int, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]]
+    ) -> Pending:
         for _, message in receives:
             message.first.zero_()
             message.second.zero_()

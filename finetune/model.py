@@ -77,7 +77,7 @@ def read_config(path: str | None, fields: Mapping[str, Any] | None, made_by: str
             raise Fault(
                 f"model.config: unknown model_type {kind!r}; it must be one that transformers knows, such as llama"
             )
-        config = CONFIG_MAPPING[kind](**{key: value for key, value in fields.items() if key != "model_type"})
+        config = CONFIG_MAPPING[str(kind)](**{key: value for key, value in fields.items() if key != "model_type"})
     else:
         assert path is not None
         if (made_by or _is_local(path)) and not (Path(path) / "config.json").is_file():
@@ -140,14 +140,15 @@ def build(
             raise Fault(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
     if rope is not None:
         rope_scaling.check(base, rope)
-    head = base.get_output_embeddings()
-    _check_head(base, head)
+    _check_head(base)
     if device is not None:
         base.to(device)  # pyright: ignore[reportArgumentType]
     if checkpointing:
         _enable_checkpointing(base)
     model: nn.Module = base if lora is None else _adapt(base, lora, seed)
-    return Trained(model, base, base.base_model, base.get_output_embeddings(), rope)
+    head = base.get_output_embeddings()  # after LoRA, which may have put its own module there
+    assert head is not None, "checked above"
+    return Trained(model, base, base.base_model, head, rope)
 
 
 def _adapt(base: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -155,10 +156,10 @@ def _adapt(base: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - peft only divides it by r
         lora_dropout=lora.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",  # pyright: ignore[reportArgumentType]
+        task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(base, settings)  # pyright: ignore[reportReturnType]
@@ -174,9 +175,9 @@ def _enable_checkpointing(base: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _check_head(base: PreTrainedModel, head: nn.Module | None) -> None:
+def _check_head(base: PreTrainedModel) -> None:
     """The loss runs the head on chunks of hidden states; refuse a model whose logits are anything else."""
-    kind = base.config.model_type
+    kind, head = base.config.model_type, base.get_output_embeddings()
     if head is None:
         raise Fault(f"model: {kind} has no output head")
     ids = torch.arange(8)[None] % base.config.vocab_size

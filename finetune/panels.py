@@ -82,7 +82,7 @@ def loss_over_tokens(ax: Axes, metrics: Sequence[dict[str, Any]]) -> None:
     ax.set_ylabel("nats per token")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.legend(loc="upper right")
+    ax.legend(loc="best")
 
 
 def passkey(figure: Figure, place: SubplotSpec, part: dict[str, Any]) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ringspan.configs.load import dump
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Contiguous, ZigZag
+from ringspan.finetune import publish
 from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
-from ringspan.finetune.documents import find_files
 from ringspan.finetune.evaluate import Judge
+from ringspan.finetune.files import find_files
 from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
+from ringspan.finetune.track import Tracker
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
@@ -46,8 +49,9 @@ def check_inputs(config: Config) -> None:
     folder = Path(config.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        probe = folder / f".writable.{os.getpid()}"  # ranks look at the same time
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise Fault(f"train.output_dir: {folder} cannot be written: {error.strerror}; choose another folder") from error
     if shutil.disk_usage(folder).free < 1 << 20:
@@ -113,9 +117,9 @@ def make_context(config: Config, place: Place) -> SequenceContext:
     )
 
 
-def make_judge(config: Config, trained: Trained, context: SequenceContext, place: Place) -> Judge:
-    """Build what evaluations need."""
-    return Judge(trained, context, place.device, autocast(config, place), config.train.loss_chunk)
+def make_judge(config: Config, trained: Trained, place: Place) -> Judge:
+    """Build what evaluations need, with a context of their own: their bytes are not the training's."""
+    return Judge(trained, make_context(config, place), place.device, autocast(config, place), config.train.loss_chunk)
 
 
 def autocast(config: Config, place: Place) -> Callable[[], AbstractContextManager[Any]]:
@@ -125,11 +129,9 @@ def autocast(config: Config, place: Place) -> Callable[[], AbstractContextManage
     return contextlib.nullcontext
 
 
-def rope_facts(trained: Trained) -> str:
-    """Return one line for the banner."""
-    return str(trained.rope) if trained.rope is not None else "as the model has it"
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Return the config as plain values, for trackers."""
-    return asdict(config) if hasattr(config, "__dataclass_fields__") else config.model_dump(mode="json")
+def make_tracker(config: Config, step: int) -> Tracker:
+    """Write the resolved config into the run folder and open the run's records there, at ``step``."""
+    folder, track = Path(config.train.output_dir), config.track
+    publish.write_text(folder / "config.yaml", dump(config))
+    values = config.model_dump(mode="json")
+    return Tracker(folder, values, wandb=track.wandb, project=track.project, name=track.name, resume_step=step)

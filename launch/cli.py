@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from ringspan.configs.schema import Config
 
 BAD_INPUT = 2
 VERBS = {"train": "fine-tune a causal language model, its sequences sharded over ranks"}
@@ -101,16 +104,25 @@ def _train(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         _train_help()
         return 0
-    path, overrides = parse_train(arguments)
-    from ringspan.configs.load import ConfigError, load
-
-    try:
-        config = load(path, overrides)
-    except ConfigError as error:
-        _stop(*error.faults)
+    config, path, overrides = read_train(arguments)
     from ringspan.launch.train import launch  # torch comes with it
 
     return launch(config, path, overrides)
+
+
+def read_train(argv: Sequence[str]) -> tuple[Config, str, list[str]]:
+    """Return the config that the arguments of ``train`` describe, its path, and the overrides.
+
+    Raises:
+        SystemExit: with code 2, after every fault has been told on a line of its own (by rank 0).
+    """
+    path, overrides = parse_train(argv)
+    from ringspan.configs.load import ConfigError, load
+
+    try:
+        return load(path, overrides), path, overrides
+    except ConfigError as error:
+        _stop(*error.faults)
 
 
 def _train_help() -> None:

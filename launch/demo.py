@@ -78,11 +78,12 @@ def is_older(made: Path, *inputs: Path) -> bool:
 def train(config: Path, output: Path, inputs: list[Path], fresh: bool) -> int:
     """Run `ringspan train` on config and return its exit code.
 
-    An interrupted run goes on; one whose checkpoint is older than its inputs starts again.
+    An interrupted run goes on; one whose checkpoint is older than its inputs is deleted and starts again.
     """
     command = [sys.executable, "-m", "ringspan.launch.cli", "train", str(config)]
-    if fresh or is_older(output / "checkpoints" / "latest", *inputs):
-        command += ["--checkpoint.resume", "never"]
+    if output.exists() and (fresh or is_older(output / "checkpoints" / "latest", *inputs)):
+        print(f"demo: deleting {output}, which is older than what it is made from", flush=True)
+        shutil.rmtree(output)
     print(f"demo: {' '.join(['ringspan', *command[3:]])}", flush=True)
     with subprocess.Popen(command) as child:
         # The trainer ends its ranks by itself and is waited for: Ctrl-C reaches it too, SIGTERM is

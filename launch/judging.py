@@ -24,7 +24,9 @@ from ringspan.parallel.faults import together
 class Evaluation:
     """Held-out loss by position and pass keys, before, during and after training; nothing without ``eval.path``."""
 
-    def __init__(self, config: Config, place: Place, tokenizer: Any, folder: Path) -> None:
+    def __init__(self, config: Config, place: Place, tokenizer: Any, folder: Path, *, resumed: bool) -> None:
+        # A resumed run, and one judged before training, adds to what it wrote; another starts anew.
+        self._adds = resumed or config.eval.before
         self._config, self._place, self._tokenizer = config, place, tokenizer
         self._file = folder / "evaluation.json"
         self._edges = edges_up_to(config.data.seq_length)
@@ -54,7 +56,7 @@ class Evaluation:
 
     def after(self, judge: Judge, summary: dict[str, Any], say: Callable[[str], None]) -> None:
         """Judge the trained model, and write everything the report draws."""
-        known = self._read_file() if self._config.eval.before else {}
+        known = self._read_file() if self._adds else {}
         known |= summary
         known["title"] = self._title(judge)
         for name, part in self._judged(judge, "after", say).items():

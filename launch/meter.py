@@ -32,21 +32,26 @@ class Meter:
         self._steps = 0
         self._seconds = 0.0
         self._tokens = 0
-        self._bound = 0  # bytes that all ranks together had to receive, over the run
-        self._step_bound = 0
+        self._bound = torch.zeros(place.world, dtype=torch.float64)  # bytes each rank had to receive, over the run
+        self._step_bound = torch.zeros(place.world, dtype=torch.float64)
         self._step_area = 0
         self._seen = context.traffic.received_payload
         self._received = torch.zeros(place.world, dtype=torch.float64)
         self._peaks = [self.peak_gib(place)] * place.world
 
     def plan(self, boundaries: Boundaries, batch: int) -> None:
-        """Add one micro-batch's lower bound: K and V twice (forward, backward), dK and dV once in fp32 (fp64)."""
+        """Add one micro-batch's lower bound: K and V of needed rows twice (forward, backward), dK and dV once.
+
+        Over all ranks dK and dV arrive as often as rows were needed; where they arrive is the plan's.
+        """
         for edges in rows_of(boundaries, batch):
             each = self._planned(edges)
-            forward = sum(each.lower_bound_bytes(rank) for rank in range(self._place.world))
-            gradients = forward * (8 if self._dtype == torch.float64 else 4) // self._dtype.itemsize
-            self._step_bound += (2 * forward + gradients) * self._trained.attention_layers
-            self._step_area += sum(each.area(rank) for rank in range(self._place.world))
+            for rank in range(self._place.world):
+                gradients = each.received_bytes(rank, backward=True) - each.received_bytes(rank)
+                self._step_bound[rank] += self._trained.attention_layers * (
+                    2 * each.lower_bound_bytes(rank) + gradients
+                )
+                self._step_area += each.area(rank)
 
     def _planned(self, edges: tuple[int, ...]) -> Plan:
         mask = Causal() if len(edges) == 2 else Causal() & Documents(edges)
@@ -97,11 +102,12 @@ class Meter:
             "perf/step_time": seconds,
             "perf/data_time": data_time,
             "perf/bytes_per_step": sum(received),
-            "perf/bytes_lower_bound": float(self._step_bound),
+            "perf/bytes_lower_bound": float(self._step_bound.sum()),
             "memory/peak_gib": max(self._peaks),
         }
         row |= {f"memory/peak_gib_rank{rank}": peak for rank, peak in enumerate(self._peaks)}
-        self._step_bound = self._step_area = 0
+        self._step_bound.zero_()
+        self._step_area = 0
         return row
 
     def _flops(self, tokens: int) -> float:
@@ -111,14 +117,16 @@ class Meter:
         return dense + 12.0 * self._step_area * self._heads * self._head_dim * self._trained.attention_layers
 
     def summary(self) -> dict[str, Any]:
-        """Return the run's averages for evaluation.json."""
-        steps = max(self._steps, 1)
+        """Return the run's averages for evaluation.json; nothing where no step was made."""
+        steps = self._steps
+        if not steps:
+            return {}
         return {
             "bytes": {
                 "received_per_step": [float(each) / steps for each in self._received],
-                "lower_bound_per_step": [self._bound / steps / self._place.world] * self._place.world,
+                "lower_bound_per_step": [float(each) / steps for each in self._bound],
                 "total_received_per_step": float(self._received.sum()) / steps,
-                "total_lower_bound_per_step": self._bound / steps,
+                "total_lower_bound_per_step": float(self._bound.sum()) / steps,
                 "unit": "bytes",
             },
             "memory": {"peak_gib": self._peaks},

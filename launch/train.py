@@ -14,22 +14,22 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from transformers.utils import logging as transformers_logging
 
-from ringspan.configs.load import ConfigError, dump, load
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Disagreement
-from ringspan.finetune import checkpoint
 from ringspan.finetune.export import export
 from ringspan.finetune.loss import chunked_cross_entropy
-from ringspan.finetune.model import read_tokenizer, trainable_state
-from ringspan.finetune.optim import build_optimizer, build_schedule
+from ringspan.finetune.model import read_tokenizer
 from ringspan.finetune.report import report
 from ringspan.finetune.track import Tracker
 from ringspan.launch import build, ranks
+from ringspan.launch.cli import read_train
 from ringspan.launch.console import Console
 from ringspan.launch.judging import Evaluation
 from ringspan.launch.meter import Meter
-from ringspan.launch.steps import collate, gather_rng, restore_rng, scored_tokens
+from ringspan.launch.state import State, find_checkpoint, scored_tokens
+from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.data import sum_gradients
 from ringspan.parallel.faults import Fault, together
 
@@ -51,6 +51,7 @@ def launch(config: Config, config_path: str, overrides: list[str]) -> int:
 def run(config: Config) -> int:
     """Train as one rank of the launcher's; return the exit code. One rank says what is wrong, once."""
     rank = int(os.environ.get("RANK", "0"))
+    transformers_logging.disable_progress_bar()  # ours is the one that counts steps
     stage = [BAD_INPUT]
     try:
         with ranks.joined(config.parallel.cp, config.parallel.timeout_s) as place:
@@ -69,180 +70,96 @@ def train(config: Config, place: ranks.Place, stage: list[int]) -> None:
     Args:
         stage: the exit code of a fault from now on; set to FAILED once training begins.
     """
-    first = place.rank == 0
-    folder = Path(config.train.output_dir)
+    first, folder = place.rank == 0, Path(config.train.output_dir)
     tokenizer = together(place.group, "tokenizer", lambda: read_tokenizer(build.tokenizer_path(config)))
-    saved = together(place.group, "checkpoint", lambda: _latest(config, folder))
-    context = build.make_context(config, place)
-    evaluation = Evaluation(config, place, tokenizer, folder)
+    saved = together(place.group, "checkpoint", lambda: find_checkpoint(config))
+    evaluation = Evaluation(config, place, tokenizer, folder, resumed=saved is not None)
     if saved is None and config.eval.before:
         untouched = together(place.group, "model", lambda: build.make_model(config, place, scaled=False))
-        evaluation.before(build.make_judge(config, untouched, context, place))
+        evaluation.before(build.make_judge(config, untouched, place))
         del untouched
-    trained = together(place.group, "model", lambda: build.make_model(config, place))
-    model, named = trained.model, list(trained.model.named_parameters())
-    stream = together(place.group, "data", lambda: build.make_stream(config, tokenizer))
-    optimizer = build_optimizer(
-        named,
-        learning_rate=config.train.learning_rate,
-        betas=(config.train.adam_beta1, config.train.adam_beta2),
-        weight_decay=config.train.weight_decay,
-    )
-    schedule = build_schedule(
-        optimizer,
-        warmup_steps=config.train.warmup_steps,
-        max_steps=config.train.max_steps,
-        min_lr_ratio=config.train.min_lr_ratio,
-    )
-    step = tokens = 0
-    if saved is not None:
-        together(
-            place.group,
-            "resume",
-            lambda: checkpoint.check_same_model(saved.state["fingerprint"], trained.fingerprint()),
-        )
-        model.load_state_dict(saved.model, strict=False)
-        checkpoint.restore_optimizer(optimizer, named, saved.optimizer)
-        together(place.group, "data place", lambda: stream.load_state_dict(saved.state["data"]))
-        step, tokens = saved.step, saved.state["tokens"]
-        schedule.load_state_dict(saved.state["schedule"])
-        restore_rng(saved.rng, place)
-    tracker = None
-    if first:
-        (folder / "config.yaml").write_text(dump(config))
-    console = Console(first, config.train.max_steps, step)
-    tracker = together(place.group, "tracker", lambda: _tracker(config, folder, step) if first else None)
-    console.banner(_facts(config, place, trained, tracker, step))
-    meter = Meter(config, place, trained, context)
-    judge = build.make_judge(config, trained, context, place)
-    autocast = build.autocast(config, place)
+    state = together(place.group, "model and data", lambda: State.start(config, place, tokenizer, saved))
+    context = build.make_context(config, place)
+    judge = build.make_judge(config, state.trained, place)
+    meter = Meter(config, place, state.trained, context)
+    console = Console(first, config.train.max_steps, state.step)
+    tracker = together(place.group, "tracker", lambda: build.make_tracker(config, state.step) if first else None)
+    console.banner(_facts(config, place, state, tracker))
     stage[0] = FAILED
-
-    def save() -> None:
-        rng = gather_rng(place)
-        state = {
-            "tokens": tokens,
-            "data": stream.state_dict(),
-            "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
-            "fingerprint": trained.fingerprint(),
-        }
-
-        def write() -> None:
-            if first:
-                checkpoint.save(
-                    folder / "checkpoints",
-                    step,
-                    model=trainable_state(model),
-                    optimizer=checkpoint.optimizer_tensors(optimizer, named),
-                    state=state,
-                    rng=rng,
-                    keep=config.checkpoint.keep,
-                )
-
-        together(place.group, f"save {step}", write)
-
-    with console:
-        while step < config.train.max_steps:
-            began = time.monotonic()
-            batches = together(
-                place.group,
-                f"batches of step {step}",
-                lambda: [collate(stream, config) for _ in range(config.train.gradient_accumulation_steps)],
-            )
-            data_time = time.monotonic() - began
-            scored = sum(scored_tokens(batch) for batch in batches)
-            if scored == 0:
-                raise Fault(
-                    f"step {step + 1}: no token of {len(batches)} micro-batches is scored; check data.path's texts"
-                )
-            loss = torch.zeros((), device=place.device)
-            for batch in batches:
-                local = context.shard({name: _to(value, place) for name, value in batch.items()})
-                labels = local.pop("shift_labels")
-                with autocast():
-                    hidden = trained.decoder(**local, **context.kwargs()).last_hidden_state
-                    part = chunked_cross_entropy(hidden, trained.head, labels, chunk=config.train.loss_chunk) / scored
-                part.backward()
-                loss += part.detach()
-                meter.plan(local["document_boundaries"], len(batch["input_ids"]))
-            sum_gradients((p for _, p in named), place.group)
-            loss = meter.sum(loss)
-            norm = clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
-            if not math.isfinite(loss + float(norm)):
-                raise Fault(
-                    f"step {step + 1}: loss {loss}, gradient norm {float(norm)}; the last checkpoint is unharmed: "
-                    "lower train.learning_rate and resume"
-                )
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            tokens += sum(batch["input_ids"].numel() for batch in batches)
-            row = meter.row(began, data_time, batches)
-            row |= {
-                "train/loss": loss,
-                "train/grad_norm": float(norm),
-                "train/learning_rate": rate,
-                "train/tokens": tokens,
-                "train/epoch": stream.epoch,
-            }
-            if config.eval.every and (step % config.eval.every == 0 or step == config.train.max_steps):
-                row |= evaluation.during(judge)
-            if tracker is not None and (
-                step % config.track.log_every == 0 or step == config.train.max_steps or "eval/loss" in row
-            ):
-                tracker.log(step, row)
-            console.step(
-                step,
-                _line(row),
-                step % config.track.log_every == 0 or step == config.train.max_steps,
-            )
-            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.train.max_steps:
-                save()
-    save()
-    console.line(f"data: {stream.counts}")
-    evaluation.after(judge, meter.summary(), console.line)
-    together(
-        place.group,
-        "export",
-        lambda: export(model, tokenizer, folder / "export") if first else None,
-    )
+    try:
+        with console:
+            while state.step < config.train.max_steps:
+                row = train_step(config, place, state, context, meter)
+                last = state.step == config.train.max_steps
+                if config.eval.every and (state.step % config.eval.every == 0 or last):
+                    row |= evaluation.during(judge)
+                say = state.step % config.track.log_every == 0 or last or "eval/loss" in row
+                if tracker is not None and say:
+                    tracker.log(state.step, row)
+                console.step(state.step, _line(row), say)
+                if last or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                    state.save(config, place)
+        console.line(f"data: {state.stream.counts}")
+        evaluation.after(judge, meter.summary(), console.line)
+        together(
+            place.group, "export", lambda: export(state.trained.model, tokenizer, folder / "export") if first else None
+        )
+    except BaseException:
+        if tracker is not None:
+            tracker.finish(exit_code=FAILED)
+        raise
     if tracker is not None:
         tracker.finish()
+        for note in tracker.notes:
+            console.line(note)
         console.line(f"export {folder / 'export'}, report {report(folder)}")
 
 
-def _latest(config: Config, folder: Path) -> checkpoint.Checkpoint | None:
-    if config.checkpoint.resume == "never":
-        if checkpoint.latest(folder / "checkpoints") is not None:
-            raise Fault(
-                f"checkpoint.resume: never, but {folder} holds checkpoints; choose another train.output_dir, "
-                "delete the folder, or resume with checkpoint.resume=auto"
-            )
-        return None
-    return checkpoint.load(folder / "checkpoints") if checkpoint.latest(folder / "checkpoints") is not None else None
+def train_step(
+    config: Config, place: ranks.Place, state: State, context: SequenceContext, meter: Meter
+) -> dict[str, float]:
+    """Run one optimizer step over all its micro-batches; return what to log.
+
+    The loss of a micro-batch is a sum over its tokens on this rank, divided by the scored tokens of the whole step on
+    all ranks: so gradients and losses of ranks and micro-batches are added, never averaged.
+    """
+    began = time.monotonic()
+    batches = together(place.group, f"data of step {state.step}", lambda: state.next_batches(config, place))
+    data_time = time.monotonic() - began
+    scored = sum(scored_tokens(batch) for batch in batches)
+    if scored == 0:
+        raise Fault(f"step {state.step + 1}: none of {len(batches)} micro-batches has a scored token; check data.path")
+    loss = torch.zeros((), device=place.device)
+    for batch in batches:
+        local = context.shard(batch)
+        labels = local.pop("shift_labels")
+        with build.autocast(config, place)():
+            hidden = state.trained.decoder(**local, **context.kwargs()).last_hidden_state
+            part = chunked_cross_entropy(hidden, state.trained.head, labels, chunk=config.train.loss_chunk) / scored
+        part.backward()
+        loss += part.detach()
+        meter.plan(local["document_boundaries"], len(batch["input_ids"]))
+    sum_gradients((p for _, p in state.named), place.group)
+    total = meter.sum(loss)
+    norm = float(clip_grad_norm_([p for _, p in state.named], config.train.max_grad_norm))
+    if not math.isfinite(total + norm):
+        raise Fault(
+            f"step {state.step + 1}: loss {total}, gradient norm {norm}; the last checkpoint is unharmed: "
+            "lower train.learning_rate and resume"
+        )
+    rate = state.update(config)
+    state.tokens += sum(batch["input_ids"].numel() for batch in batches)
+    return meter.row(began, data_time, batches) | {
+        "train/loss": total,
+        "train/grad_norm": norm,
+        "train/learning_rate": rate,
+        "train/tokens": state.tokens,
+        "train/epoch": state.stream.epoch,
+    }
 
 
-def _tracker(config: Config, folder: Path, step: int) -> Tracker:
-    track = config.track
-    return Tracker(
-        folder,
-        build.plain(config),
-        wandb=track.wandb,
-        project=track.project,
-        name=track.name,
-        resume_step=step,
-    )
-
-
-def _to(value: object, place: ranks.Place) -> object:
-    return value.to(place.device) if isinstance(value, torch.Tensor) else value
-
-
-def _facts(
-    config: Config, place: ranks.Place, trained: build.Trained, tracker: Tracker | None, step: int
-) -> dict[str, str]:
+def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | None) -> dict[str, str]:
+    trained = state.trained
     every, trainable = trained.counts()
     per_step = config.data.seq_length * config.train.batch_size * config.train.gradient_accumulation_steps
     return {
@@ -252,9 +169,9 @@ def _facts(
         "tokens": f"{config.data.seq_length} a sequence, {per_step} a step, "
         f"{per_step * config.train.max_steps / 1e6:.1f} M in all",
         "attention": f"causal within documents, strategy {config.attention.strategy} -> ring",
-        "rope": build.rope_facts(trained),
+        "rope": str(trained.rope) if trained.rope is not None else "as the model has it",
         "memory": f"{Meter.peak_gib(place):.2f} GiB on this rank after building",
-        "run": f"{config.train.output_dir}, from step {step}, W&B {tracker.mode if tracker else '-'}",
+        "run": f"{config.train.output_dir}, from step {state.step}, W&B {tracker.mode if tracker else '-'}",
     }
 
 
@@ -266,16 +183,8 @@ def _line(row: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of one rank under a launcher; validates the config like ``ringspan train``."""
-    from ringspan.launch.cli import parse_train
-
-    path, overrides = parse_train(sys.argv[1:] if argv is None else argv)
-    try:
-        config = load(path, overrides)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"ringspan: {error}", file=sys.stderr)
-        return BAD_INPUT
+    """Entry point of one rank under a launcher; reads the config like ``ringspan train``."""
+    config, path, overrides = read_train(sys.argv[1:] if argv is None else argv)
     return run(config) if ranks.launched() else launch(config, path, overrides)
 
 

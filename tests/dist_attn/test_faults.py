@@ -92,7 +92,8 @@ def wrong_message(group: dist.ProcessGroup, kind: str) -> str:
     rows = 4 if kind != "size" or rank == 0 else 2
     dtype = torch.float32 if kind != "dtype" or rank == 0 else torch.bfloat16
     message = Message(1, rows, 2, 8, dtype, torch.device("cpu"))
-    message.first.zero_(), message.second.zero_()
+    message.first.zero_()
+    message.second.zero_()
     if rank == 1:
         exchange.post(round_id, [(peer, message)], []).wait()
         return "sent"

@@ -125,7 +125,9 @@ def compute(
     local = {name: shard(given[name], layout, group).detach().requires_grad_() for name in ("q", "k", "v")}
     sinks = given["sinks"].clone().requires_grad_() if case.sinks else None
     out, lse = attention_with_lse(
-        **local,
+        local["q"],
+        local["k"],
+        local["v"],
         mask=mask,
         group=group,
         layout=layout,
@@ -219,7 +221,7 @@ def per_row(group: dist.ProcessGroup) -> list[float]:
     q, k, v, dout = (torch.randn(4, 30, h, 8, generator=g, dtype=torch.float64) for h in (4, 2, 2, 4))
     exact = [x.clone().requires_grad_() for x in (q, k, v)]
     table = torch.stack([mask_table(30, causal=True, boundaries=row) for row in rows])
-    out, _ = dense_attention(*exact, table)
+    out, _ = dense_attention(exact[0], exact[1], exact[2], table)
     out.backward(dout)
     worst = 0.0
     for mask in (Causal() & Documents(rows), [Causal() & Documents(row) for row in rows]):

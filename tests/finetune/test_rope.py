@@ -60,7 +60,7 @@ def test_dynamic_is_resolved_at_the_target_length() -> None:
     made = rope.work_out(ours, "dynamic", target_length=4096)
     assert torch.allclose(inv_freq.double(), made.inv_freq, rtol=1e-6)
     rope.apply(ours, made)
-    assert ours.rope_parameters["rope_type"] == "default"
+    assert dict(ours.rope_parameters or {})["rope_type"] == "default"
     model = AutoModelForCausalLM.from_config(ours, attn_implementation="sdpa")
     model(input_ids=torch.zeros(1, 600, dtype=torch.long))  # a longer input than the original window changes nothing
     rope.check(model, made)

@@ -73,7 +73,7 @@ def test_documents_refuse_bad_boundaries(bad: list[int]) -> None:
 
 def test_a_mask_holds_at_most_one_documents() -> None:
     with pytest.raises(ValueError, match="at most one"):
-        Documents([0, 4]) & Causal() & Documents([0, 2, 4])
+        _ = Documents([0, 4]) & Causal() & Documents([0, 2, 4])
 
 
 def test_masks_are_values() -> None:

@@ -23,7 +23,7 @@ def test_data_only_makes_the_text_once(empty: Path, capsys: pytest.CaptureFixtur
     assert demo.main(["--data-only"]) == 0
     said = capsys.readouterr().out
     assert "standard library" in said
-    assert "recall 10" in said
+    assert "recall 20" in said
     assert "demo: done after" in said
     folder = empty / demo.DATA
     assert {path.name for path in folder.iterdir()} == {
@@ -59,6 +59,7 @@ def test_what_is_older_than_its_inputs_is_made_again(empty: Path) -> None:
 
 def test_a_failed_command_ends_the_demo_with_its_code(empty: Path) -> None:
     (empty / "bad.yaml").write_text("no_such_key: 1\n")
+    (empty / "out").mkdir()
     program = (
         "from pathlib import Path; from ringspan.launch.demo import train; "
         "raise SystemExit(train(Path('bad.yaml'), Path('out'), [], False))"
@@ -66,7 +67,9 @@ def test_a_failed_command_ends_the_demo_with_its_code(empty: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert "no_such_key" in done.stderr
-    assert "ringspan train bad.yaml --checkpoint.resume never" in done.stdout
+    assert "demo: deleting out, which is older than what it is made from" in done.stdout
+    assert "ringspan train bad.yaml" in done.stdout
+    assert not (empty / "out").exists()
 
 
 def test_the_two_configs_fit_together() -> None:

@@ -1,0 +1,97 @@
+"""Bad input ends ``ringspan train`` in one clear line: code 2 before ranks start, code 1 later, printed once."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import pytest
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"path": "nowhere.jsonl", "made_by": "make text"}}, "nowhere.jsonl.*make it with: make text"),
+        ({"data": {"path": "../x.jsonl", "root": "."}}, "outside"),
+        ({"model": {"config": {"model_type": "lama"}}}, "unknown model_type 'lama'"),
+        ({"model": {"path": "runs/none/here", "config": None}}, "model.path: runs/none/here is not there"),
+        ({"model": {"tokenizer": "./none"}}, "model.tokenizer: ./none cannot be read"),
+        (
+            {"rope": {"type": "linear"}},
+            "target length 100 is within the model's 128 positions; remove the rope section",
+        ),
+        ({"eval": {"path": "none.jsonl", "every": 1}}, "none.jsonl"),
+        ({"parallel": {"cp": 200}}, "cp"),
+        ({"train": {"output_dir": "/proc/here"}}, "train.output_dir: /proc/here cannot be written"),
+    ],
+)
+def test_faults_before_any_rank(tiny: Any, sections: dict[str, Any], message: str) -> None:
+    if sections.get("rope"):
+        sections = {**sections, "data": {"seq_length": 100}}
+    done = tiny.train(tiny.config(**sections))
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ringspan")]
+    assert len(lines) == len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(message, lines[0]), lines[0]
+    assert done.stdout == ""
+
+
+def test_a_world_that_the_config_contradicts(tiny: Any) -> None:
+    path = tiny.config(parallel={"cp": 4})
+    done = tiny.train(path, launcher=[*TORCHRUN, "-m", "ringspan.launch.train"])
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("ringspan: ")]
+    assert said == [
+        "ringspan: parallel.cp: the config wants 4 ranks, but 2 were started; start 4, or pass --parallel.cp 2"
+    ]
+
+
+def test_a_broken_line_found_while_training_stops_all_ranks_once(tiny: Any) -> None:
+    good = (tiny.text / "train.jsonl").read_text().splitlines()
+    broken = tiny.folder / "broken.jsonl"
+    broken.write_text("\n".join([*good[:1], '{"text": "cut off', *good[1:]]) + "\n")
+    path = tiny.config(data={"path": str(broken)}, parallel={"cp": 2})
+    done = tiny.train(path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "broken.jsonl:2" in done.stderr
+    skipped = tiny.config("skipped", data={"path": str(broken), "on_bad_line": "skip"}, parallel={"cp": 2})
+    done = tiny.train(skipped)
+    assert done.returncode == 0, done.stderr
+    assert "bad_lines=1" in done.stdout
+
+
+def test_a_checkpoint_of_another_model(tiny: Any) -> None:
+    path = tiny.config()
+    assert tiny.train(path).returncode == 0
+    again = tiny.train(path, "--train.max_steps", "12", "--model.config.hidden_size", "64")
+    assert again.returncode == 2
+    assert len(again.stderr.splitlines()) == 1, again.stderr
+    assert "another model" in again.stderr
+    never = tiny.train(path, "--checkpoint.resume", "never")
+    assert never.returncode == 2
+    assert "checkpoint.resume: never, but" in never.stderr
+    on = tiny.train(path, "--train.max_steps", "12")
+    assert on.returncode == 0, on.stderr
+    assert [row["step"] for row in tiny.metrics()] == list(range(1, 13))
+
+
+def test_a_full_disk_at_save_keeps_what_was_saved(tiny: Any) -> None:
+    """A real limit on file sizes: the log still fits, the second checkpoint does not."""
+    path = tiny.config(checkpoint={"every": 4}, train={"max_steps": 4})
+    assert tiny.train(path).returncode == 0
+    # A shell's limit counts KiB blocks of 1024 bytes; weights take more than 64 KiB.
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$0" -m ringspan.launch.cli train "$@"', sys.executable]
+    done = tiny.train(path, "--train.max_steps", "8", launcher=limited)
+    assert done.returncode == 1, done.stdout
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    folder = tiny.folder / "run" / "checkpoints"
+    assert (folder / "latest").read_text().strip() == "step-000004"
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == ["latest", "step-000004"]
+    assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+    assert tiny.train(path, "--train.max_steps", "8").returncode == 0
+    assert json.loads((tiny.folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
