@@ -75,21 +75,20 @@ def attention(
     Raises:
         ValueError: on every rank alike, naming the argument, its value and the rule.
     """
-    extras = Extras(traffic=traffic)
-    return run(
+    return attention_with_lse(
         q,
         k,
         v,
-        mask,
-        group,
-        layout,
-        strategy,
-        sinks,
-        scale,
-        length,
-        first_kv_head,
-        total_kv_heads,
-        extras,
+        mask=mask,
+        group=group,
+        layout=layout,
+        strategy=strategy,
+        sinks=sinks,
+        scale=scale,
+        length=length,
+        first_kv_head=first_kv_head,
+        total_kv_heads=total_kv_heads,
+        traffic=traffic,
     )[0]
 
 
@@ -113,21 +112,20 @@ def attention_with_lse(
 
     lse is -inf for a query that sees no key and has no sink.
     """
-    extras = Extras(traffic=traffic)
     return run(
         q,
         k,
         v,
-        mask,
-        group,
-        layout,
-        strategy,
-        sinks,
-        scale,
-        length,
-        first_kv_head,
-        total_kv_heads,
-        extras,
+        mask=mask,
+        group=group,
+        layout=layout,
+        strategy=strategy,
+        sinks=sinks,
+        scale=scale,
+        length=length,
+        first_kv_head=first_kv_head,
+        total_kv_heads=total_kv_heads,
+        extras=Extras(traffic=traffic),
     )
 
 
@@ -135,6 +133,7 @@ def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     mask: Mask | Sequence[Mask],
     group: Group,
     layout: Layout | None,
@@ -142,9 +141,9 @@ def run(
     sinks: Tensor | None,
     scale: float | None,
     length: int | None,
-    first_kv_head: int,
-    total_kv_heads: int | None,
     extras: Extras,
+    first_kv_head: int = 0,
+    total_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Validate, agree, plan and run; the arguments are ``attention``'s."""
     process_group = to_group(group)
@@ -163,7 +162,8 @@ def run(
         fault = str(error)
     layout = layout or Contiguous()
     if world > 1 and not extras.agreed:
-        agree(process_group, _facts(q, k, masks, layout, length, strategy, scale, sinks), fault)
+        facts = "" if fault else _facts(q, k, masks, layout, length, strategy, scale, sinks)
+        agree(process_group, facts, fault)
     assert length is not None
     parts = _parts(masks, layout, world, length)
     exchange = None

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -55,6 +56,8 @@ def start(count: int, arguments: list[str]) -> int:
         elastic_launch(settings, sys.executable)("-m", "ringspan.launch.train", *arguments)
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
+    except SignalException as error:  # Ctrl-C or a scheduler: the agent has ended the ranks
+        return 128 + int(error.sigval)
     return 0
 
 

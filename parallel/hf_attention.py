@@ -84,16 +84,14 @@ def ringspan_attention(
             q,
             k,
             v,
-            mask,
-            forward.group,
-            forward.layout,
-            forward.strategy,
-            kwargs.get("s_aux"),
-            scaling,
-            length,
-            0,
-            None,
-            extras,
+            mask=mask,
+            group=forward.group,
+            layout=forward.layout,
+            strategy=forward.strategy,
+            sinks=kwargs.get("s_aux"),
+            scale=scaling,
+            length=length,
+            extras=extras,
         )
     except ValueError as error:
         raise ValueError(f"{layer}: {error}") from error
@@ -159,6 +157,8 @@ def _refuse(
             f"{layer}: attention_mask of {attention_mask.dim()} dimensions; put a [batch, tokens] one into the batch "
             "that SequenceContext.shard cuts"
         )
+    if forward is not None and boundaries is None and forward.group is not None:
+        raise ValueError(f"{layer}: document_boundaries is missing: pass all that SequenceContext.shard returned")
     if forward is None and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"{layer}: {dist.get_world_size()} ranks and no context: pass **context.kwargs() to the model "

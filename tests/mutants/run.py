@@ -44,13 +44,13 @@ def verdict(patch: Path) -> str:
         tree = Path(folder) / "tree"
         copy_tree(tree)
         applied = subprocess.run(
-            ["patch", "-p1", "--no-backup-if-mismatch", "-i", str(patch)],
+            ["git", "apply", str(patch)],
             cwd=tree,
             capture_output=True,
             text=True,
         )
         if applied.returncode:
-            return "the patch does not apply: " + applied.stdout.strip().replace("\n", " ")
+            return "the patch does not apply: " + applied.stderr.strip().replace("\n", " ")
         (Path(folder) / "ringspan").symlink_to(tree)
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not full", *first[9:].split()],

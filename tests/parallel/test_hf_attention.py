@@ -123,3 +123,18 @@ def no_context(group: dist.ProcessGroup) -> str:
 
 def test_ranks_without_a_context_raise() -> None:
     assert all("layer 0 (LlamaAttention): 2 ranks and no context" in said for said in run_ranks(no_context, 2))
+
+
+def half_a_context(group: dist.ProcessGroup) -> str:
+    context = SequenceContext(group)
+    local = context.shard({"input_ids": tokens()})
+    del local["document_boundaries"]
+    try:
+        build("llama", torch.float32)(**local, **context.kwargs())
+    except ValueError as error:
+        return str(error)
+    return "ran"
+
+
+def test_a_shard_without_its_boundaries_is_refused() -> None:
+    assert all("document_boundaries is missing" in said for said in run_ranks(half_a_context, 2))

@@ -1,0 +1,72 @@
+"""Write README's results table from benchmarks/results/*.json; no figure is typed by hand.
+
+Run: ``python benchmarks/table.py`` (``--check`` only compares, and fails where the table is not the results').
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- results: made by benchmarks/table.py -->", "<!-- end of results -->"
+
+
+def load(name: str) -> dict | None:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """Return (what, figure, command) of every result that is there."""
+    found: list[tuple[str, str, str]] = []
+    if ring := load("ring_cpu"):
+        command = "`python benchmarks/ring_cpu.py`"
+        what = f"{ring['length'] // 1024}K causal, {ring['heads']} heads, {ring['dtype']}, forward + backward, "
+        silent, flash = ring["ring_over_silent"], ring["ring_over_flash"]
+        found += [
+            (what + "ring of 2 CPU ranks / the same work without exchange", f"{silent:.2f}", command),
+            (what + "ring of 2 CPU ranks / torch's flash operator, equal area", f"{flash:.2f}", command),
+            ("bytes received / lower bound, the same", f"{ring['received_over_bound']:.3f}", command),
+        ]
+    if demo := load("demo_ranks"):
+        command = "`python benchmarks/demo_ranks.py`"
+        speeds, memory = demo["tokens_per_second"], demo["peak_gib"]
+        two, torchrun = demo["largest_relative_difference_two_ranks"], demo["torchrun_equals_ringspan"]
+        found += [
+            ("demo, ten losses on 2 ranks: largest relative difference from 1 rank", f"{two:.1e}", command),
+            ("demo, ten losses under torchrun equal `ringspan train`'s", "yes" if torchrun else "NO", command),
+            ("demo, tokens/s on 1 rank (2 threads), on 2 ranks", f"{speeds['1']:,.0f}, {speeds['2']:,.0f}", command),
+            ("demo, peak GiB per rank, 1 rank, 2 ranks", f"{memory['1']:.2f}, {memory['2']:.2f}", command),
+            ("demo, bytes moved / lower bound", f"{demo['bytes_over_bound']:.3f}", command),
+        ]
+    if tuned := load("demo"):
+        edges = tuned["by_position"]["edges"]
+        at = {f"{a}-{b}": i for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))}
+        before, after = tuned["by_position"]["before"], tuned["by_position"]["after"]
+        for name in ("256-512", "4096-8192"):
+            figure = f"{before[at[name]]:.2f} -> {after[at[name]]:.2f}"
+            found.append((f"demo, held-out nats/byte at positions {name}, before -> after", figure, "`make demo`"))
+    return found
+
+
+def table() -> str:
+    lines = ["| what | measured | command |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {what} | {figure} | {command} |" for what, figure, command in rows()])
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    made = f"{before}{START}\n{table()}\n{END}{after}"
+    if "--check" in sys.argv:
+        return 0 if made == text else 1
+    readme.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
