@@ -82,7 +82,9 @@ def loss_over_tokens(ax: Axes, metrics: Sequence[dict[str, Any]]) -> None:
     ax.set_ylabel("nats per token")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.legend(loc="best")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the curves
+    ax.legend(loc="upper right")
 
 
 def passkey(figure: Figure, place: SubplotSpec, part: dict[str, Any]) -> None:
