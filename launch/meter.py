@@ -15,8 +15,8 @@ from ringspan.configs.schema import Config
 from ringspan.dist_attn import Causal, Documents, Plan, plan
 from ringspan.finetune.model import Trained
 from ringspan.launch.ranks import Place
+from ringspan.parallel.boundaries import Boundaries, rows_of
 from ringspan.parallel.context import SequenceContext
-from ringspan.parallel.documents import Boundaries, rows_of
 
 
 class Meter:

@@ -18,8 +18,8 @@ from ringspan.finetune.model import Trained, trainable_state
 from ringspan.finetune.optim import build_optimizer, rate_at
 from ringspan.launch import build
 from ringspan.launch.ranks import Place
+from ringspan.parallel.boundaries import shift_labels
 from ringspan.parallel.context import IGNORE
-from ringspan.parallel.documents import shift_labels
 from ringspan.parallel.faults import Fault, together
 
 

@@ -23,7 +23,7 @@ from ringspan.dist_attn.exchange import Traffic, agree
 from ringspan.dist_attn.layout import Layout, ZigZag
 from ringspan.dist_attn.planner import check_strategy
 from ringspan.kernels.mask import Mask
-from ringspan.parallel.documents import Boundaries, of_batch, positions, shift_labels
+from ringspan.parallel.boundaries import Boundaries, of_batch, positions, shift_labels
 from ringspan.parallel.hf_attention import NAME, Forward, register
 
 IGNORE = -100  # label of a token that is not scored, as everywhere in Hugging Face

@@ -18,7 +18,7 @@ from ringspan.dist_attn.api import Extras, run
 from ringspan.dist_attn.exchange import Traffic
 from ringspan.dist_attn.layout import Layout, ZigZag
 from ringspan.kernels.mask import Causal, Documents, Full, Mask
-from ringspan.parallel.documents import Boundaries, of_padding, of_positions
+from ringspan.parallel.boundaries import Boundaries, of_padding, of_positions
 
 NAME = "ringspan"
 

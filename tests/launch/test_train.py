@@ -29,6 +29,10 @@ def test_two_ranks_lose_like_one_and_torchrun_like_ringspan(tiny: Any) -> None:
     launched = tiny.train(by_torchrun, "parallel.cp=2", launcher=[*TORCHRUN, "-m", "ringspan.launch.train"])
     assert launched.returncode == 0, launched.stderr
     assert len(tiny.losses("one")) == 10
+    # Two micro-batches of one sequence are one of two: divided by the scored tokens of the whole step.
+    batch = tiny.config("batch", train={"batch_size": 2})
+    assert tiny.train(batch).returncode == 0
+    assert tiny.losses("batch") == pytest.approx(tiny.losses("one"), rel=1e-5)
     assert tiny.losses("two") == pytest.approx(tiny.losses("one"), rel=1e-5)
     assert tiny.losses("torchrun") == tiny.losses("two")
     assert tiny.losses("one")[-1] < tiny.losses("one")[0] - 0.5
