@@ -14,7 +14,7 @@ from dense import mask_table
 from ringspan.dist_attn import Causal, Contiguous, Documents, Full, Plan, Span, ZigZag, plan
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.schedule import Schedule, schedule
-from ringspan.dist_attn.tiles import Tile, coalesce
+from ringspan.dist_attn.tiles import Tile, coalesce, pairs_of
 from ringspan.kernels.mask import Mask
 
 LAYOUTS = [Contiguous(), ZigZag()]
@@ -51,6 +51,24 @@ def test_every_live_pair_is_computed_once_and_nothing_else(
                 seen[pair.q.start : pair.q.stop, pair.k.start : pair.k.stop] += block.tril() if pair.causal else block
         assert int(seen.sum()) - before == plan_.area(rank)
     assert torch.equal(seen, table.long())
+
+
+@given(st.data(), st.booleans(), st.sets(st.integers(1, 19), max_size=3))
+@settings(deadline=None)
+def test_pairs_of_any_two_spans_are_exact(data: st.DataObject, causal: bool, inner: set[int]) -> None:
+    """Also where keys lie strictly inside the queries' span, which no layout makes today."""
+    edges = [0, *sorted(inner), 20]
+    mask = (Causal() if causal else Full()) & Documents(edges)
+    spans = [Span(start, data.draw(st.integers(start + 1, 20))) for start in (data.draw(st.integers(0, 19)), 0, 7)]
+    table = mask_table(20, causal=causal, boundaries=edges)
+    for q, k in ((spans[0], spans[1]), (spans[1], spans[0]), (spans[1], spans[2])):
+        seen = torch.zeros(20, 20, dtype=torch.long)
+        for pair in pairs_of(mask, [q], [k]):
+            block = torch.ones(pair.q.size, pair.k.size, dtype=torch.long)
+            seen[pair.q.start : pair.q.stop, pair.k.start : pair.k.stop] += block.tril() if pair.causal else block
+        wanted = torch.zeros(20, 20, dtype=torch.long)
+        wanted[q.start : q.stop, k.start : k.stop] = table[q.start : q.stop, k.start : k.stop].long()
+        assert torch.equal(seen, wanted)
 
 
 @given(cases())

@@ -35,25 +35,26 @@ def copy_tree(target: Path) -> None:
             (target / name).write_bytes(source.read_bytes())
 
 
-def verdict(patch: Path) -> str:
-    """Return "" where the suite fails as it should, else what went wrong."""
+def tests_of(patch: Path) -> list[str]:
+    """Return the tests that must notice the patch."""
     first = patch.read_text().splitlines()[0]
     if not first.startswith("# tests: "):
-        return "the first line does not name the tests"
+        raise SystemExit(f"{patch.name}: its first line does not name the tests")
+    return first[9:].split()
+
+
+def run_tests(tests: list[str], patch: Path | None) -> tuple[int, str]:
+    """Run tests in a patched copy of the tree; return pytest's code (-1: hung, -2: not applied) and its words."""
     with tempfile.TemporaryDirectory(prefix="ringspan-mutant-") as folder:
         tree = Path(folder) / "tree"
         copy_tree(tree)
-        applied = subprocess.run(
-            ["git", "apply", str(patch)],
-            cwd=tree,
-            capture_output=True,
-            text=True,
-        )
-        if applied.returncode:
-            return "the patch does not apply: " + applied.stderr.strip().replace("\n", " ")
-        (Path(folder) / "ringspan").symlink_to(tree)
+        if patch is not None:
+            applied = subprocess.run(["git", "apply", str(patch)], cwd=tree, capture_output=True, text=True)
+            if applied.returncode:
+                return -2, applied.stderr.strip().replace("\n", " ")
+        (Path(folder) / "ringspan").symlink_to(tree)  # found before the installed package
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not full", *first[9:].split()],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not full", *tests],
             cwd=tree,
             env={**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -66,12 +67,19 @@ def verdict(patch: Path) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.communicate()
-            return ""  # a mutant that hangs the suite is noticed
-    if process.returncode == 0:
+            return -1, "hung"
+    return process.returncode, said[-300:]
+
+
+def verdict(patch: Path) -> str:
+    """Return "" where the suite fails as it should, else what went wrong."""
+    code, said = run_tests(tests_of(patch), patch)
+    if code == 0:
         return "SURVIVED: the tests pass with it"
-    if process.returncode != 1:
-        return f"pytest ended with {process.returncode}, not with failed tests: {said[-300:]}"
-    return ""
+    if code == -2:
+        return f"the patch does not apply: {said}"
+    # Failed tests notice the mutant, and so does a suite that hangs; another code is no verdict.
+    return "" if code in (1, -1) else f"pytest ended with {code}: {said}"
 
 
 def main() -> int:
@@ -81,6 +89,12 @@ def main() -> int:
     if not patches:
         print(f"no patch in {HERE} matches {wanted}")
         return 1
+    # The control: without a patch the same tests pass in such a copy, or a failure would prove nothing.
+    code, said = run_tests(sorted({test for patch in patches for test in tests_of(patch)}), None)
+    if code != 0:
+        print(f"the tests fail without any patch (pytest ended with {code}): {said}")
+        return 1
+    print("control: the tests pass without a patch", flush=True)
     bad = 0
     for number, patch in enumerate(patches, 1):
         began = time.monotonic()
