@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console as RichConsole
@@ -71,10 +71,16 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
 
-    def step(self, number: int, text: str, say: bool) -> None:
-        """Report a finished step: the bar moves; a line with the time that is left where there is no bar."""
+    def step(self, number: int, facts: Sequence[str], say: bool) -> None:
+        """Report a finished step: the bar moves, with the first facts; without a bar, a line with the time that is left.
+
+        Args:
+            facts: the most telling first; a bar has room for two.
+            say: whether this step gets a line of its own.
+        """
+        text = "  ".join(facts)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=number, description=text)
+            self._progress.update(self._task, completed=number, description="  ".join(facts[:2]))
         elif say:
             self.line(f"step {number:>{len(str(self._total))}}/{self._total}  {text}  left {self._left(number)}")
 

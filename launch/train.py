@@ -96,7 +96,7 @@ def train(config: Config, place: ranks.Place, stage: list[int]) -> None:
                 say = state.step % config.track.log_every == 0 or last or "eval/loss" in row
                 if tracker is not None and say:
                     tracker.log(state.step, row)
-                console.step(state.step, _line(row), say)
+                console.step(state.step, _told(row), say)
                 if last or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
                     state.save(config, place)
         console.line(f"data: {state.stream.counts}")
@@ -175,11 +175,16 @@ def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | 
     }
 
 
-def _line(row: dict[str, float]) -> str:
-    text = f"loss {row['train/loss']:.4f}  norm {row['train/grad_norm']:.2f}"
-    text += f"  {row['perf/tokens_per_second']:,.0f} tokens/s"
-    text += f"  {row['memory/peak_gib']:.2f} GiB  {row['perf/bytes_per_step'] / 2**20:.1f} MiB moved"
-    return text + (f"  eval {row['eval/loss']:.4f}" if "eval/loss" in row else "")
+def _told(row: dict[str, float]) -> list[str]:
+    """Return what a person reads of a step, the most telling first."""
+    facts = [
+        f"loss {row['train/loss']:.4f}",
+        f"{row['perf/tokens_per_second']:,.0f} tokens/s",
+        f"norm {row['train/grad_norm']:.2f}",
+        f"{row['memory/peak_gib']:.2f} GiB",
+        f"{row['perf/bytes_per_step'] / 2**20:.1f} MiB moved",
+    ]
+    return facts + ([f"eval {row['eval/loss']:.4f}"] if "eval/loss" in row else [])
 
 
 def main(argv: list[str] | None = None) -> int:
