@@ -72,7 +72,7 @@ class Console:
             self._progress.stop()
 
     def step(self, number: int, facts: Sequence[str], say: bool) -> None:
-        """Report a finished step: the bar moves, with the first facts; without one, a line with the time left."""
+        """Report a finished step: the bar moves, with the first facts; without one, a line with the time left.
 
         Args:
             facts: the most telling first; a bar has room for two.
