@@ -132,3 +132,18 @@ def test_bfloat16_trains(tiny: Any) -> None:
     assert tiny.losses()[-1] < tiny.losses()[0] - 0.5
     saved = load_file(tiny.folder / "run" / "checkpoints" / "step-000010" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_lora_trains_alike_on_two_ranks(tiny: Any) -> None:
+    """Every adapter's gradient is summed over the ranks; the base stays as it was."""
+    one, two = (tiny.config(name, lora={"r": 4}, train={"max_steps": 6}) for name in ("one", "two"))
+    assert tiny.train(one).returncode == 0
+    assert tiny.train(two, "--parallel.cp", "2").returncode == 0
+    assert tiny.losses("two") == pytest.approx(tiny.losses("one"), rel=1e-5)
+    adapters = [
+        load_file(tiny.folder / name / "checkpoints" / "step-000006" / "model.safetensors") for name in ("one", "two")
+    ]
+    assert all("lora_" in key for key in adapters[0])
+    for key, tensor in adapters[0].items():
+        # An adapter whose gradient one rank lacked would drift by the size of Adam's steps.
+        assert torch.allclose(adapters[1][key], tensor, rtol=0, atol=2e-3), key
