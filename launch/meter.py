@@ -33,25 +33,22 @@ class Meter:
         self._seconds = 0.0
         self._tokens = 0
         self._bound = torch.zeros(place.world, dtype=torch.float64)  # bytes each rank had to receive, over the run
-        self._step_bound = torch.zeros(place.world, dtype=torch.float64)
-        self._step_area = 0
+        self._step_bound = self._step_area = 0  # this rank's
         self._seen = context.traffic.received_payload
         self._received = torch.zeros(place.world, dtype=torch.float64)
         self._peaks = [self.peak_gib(place)] * place.world
 
     def plan(self, boundaries: Boundaries, batch: int) -> None:
-        """Add one micro-batch's lower bound: K and V of needed rows twice (forward, backward), dK and dV once.
+        """Add this rank's lower bound of a micro-batch: needed K and V twice (forward, backward), dK and dV once.
 
         Over all ranks dK and dV arrive as often as rows were needed; where they arrive is the plan's.
         """
+        rank = self._place.rank
         for edges in rows_of(boundaries, batch):
             each = self._planned(edges)
-            for rank in range(self._place.world):
-                gradients = each.received_bytes(rank, backward=True) - each.received_bytes(rank)
-                self._step_bound[rank] += self._trained.attention_layers * (
-                    2 * each.lower_bound_bytes(rank) + gradients
-                )
-                self._step_area += each.area(rank)
+            gradients = each.received_bytes(rank, backward=True) - each.received_bytes(rank)
+            self._step_bound += self._trained.attention_layers * (2 * each.lower_bound_bytes(rank) + gradients)
+            self._step_area += each.area(rank)
 
     def _planned(self, edges: tuple[int, ...]) -> Plan:
         mask = Causal() if len(edges) == 2 else Causal() & Documents(edges)
@@ -74,26 +71,18 @@ class Meter:
 
     def row(self, began: float, data_time: float, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return the step's numbers; every rank must call it."""
-        mine = torch.tensor(
-            [self._context.traffic.received_payload - self._seen, self.peak_gib(self._place)],
-            dtype=torch.float64,
-            device=self._place.device,
-        )
+        received = self._context.traffic.received_payload - self._seen
         self._seen = self._context.traffic.received_payload
-        gathered = [torch.empty_like(mine) for _ in range(self._place.world)]
-        if self._place.group is None:
-            gathered = [mine]
-        else:
-            dist.all_gather(gathered, mine, group=self._place.group)
+        mine = [received, self.peak_gib(self._place), self._step_bound, self._step_area]
+        gathered = self._place.gather(torch.tensor(mine, dtype=torch.float64, device=self._place.device))
+        received, self._peaks, bound, area = torch.stack(gathered, dim=1).tolist()
         seconds = time.monotonic() - began
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        received = [float(each[0]) for each in gathered]
-        self._peaks = [float(each[1]) for each in gathered]
-        flops = self._flops(tokens)
+        flops = self._flops(tokens, sum(area))
         if self._steps:  # the first step warms up
             self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
         self._steps += 1
-        self._bound += self._step_bound
+        self._bound += torch.tensor(bound, dtype=torch.float64)
         self._received += torch.tensor(received, dtype=torch.float64)
         row = {
             "perf/tokens_per_second": tokens / seconds,
@@ -102,19 +91,18 @@ class Meter:
             "perf/step_time": seconds,
             "perf/data_time": data_time,
             "perf/bytes_per_step": sum(received),
-            "perf/bytes_lower_bound": float(self._step_bound.sum()),
+            "perf/bytes_lower_bound": sum(bound),
             "memory/peak_gib": max(self._peaks),
         }
         row |= {f"memory/peak_gib_rank{rank}": peak for rank, peak in enumerate(self._peaks)}
-        self._step_bound.zero_()
-        self._step_area = 0
+        self._step_bound = self._step_area = 0
         return row
 
-    def _flops(self, tokens: int) -> float:
+    def _flops(self, tokens: int, area: float) -> float:
         """Return model FLOPs of the step: 6 a parameter and token; 12 a live pair, head, layer and feature."""
         parameters, trainable = self._trained.counts()
         dense = tokens * (4 * parameters + 2 * trainable)
-        return dense + 12.0 * self._step_area * self._heads * self._head_dim * self._trained.attention_layers
+        return dense + 12.0 * area * self._heads * self._head_dim * self._trained.attention_layers
 
     def summary(self) -> dict[str, Any]:
         """Return the run's averages for evaluation.json; nothing where no step was made."""

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -28,6 +29,14 @@ class Place:
     world: int
     device: torch.device
     group: dist.ProcessGroup | None
+
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """Return every rank's tensor of one shape, by rank, on every rank."""
+        if self.group is None:
+            return [mine]
+        gathered = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(gathered, mine, group=self.group)
+        return gathered
 
 
 def launched() -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -143,12 +142,7 @@ def _gather_rng(place: Place) -> dict[str, Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(place.device)
     named: dict[str, Tensor] = {}
     for kind, state in states.items():
-        gathered = [torch.empty_like(state) for _ in range(place.world)]
-        if place.group is None:
-            gathered = [state]
-        else:
-            dist.all_gather(gathered, state, group=place.group)
-        named |= {f"rank{rank}.{kind}": each for rank, each in enumerate(gathered)}
+        named |= {f"rank{rank}.{kind}": each for rank, each in enumerate(place.gather(state))}
     return named
 
 
