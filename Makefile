@@ -12,13 +12,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 FOLDERS := configs dist_attn finetune kernels launch parallel
 REQUIRE ?=
+DRY ?=
 
 # The first Python that is of a tested version and really starts (a version manager's shim may be there without it).
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: help setup demo test test-all mutants check types bench clean
+.PHONY: help setup demo test test-all mutants check types bench gpu clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +50,11 @@ types: $(VENV)/.dev ## types alone
 
 bench: $(VENV)/.dev ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
+
+# No environment is made and nothing is installed: the machine's python3 has what its GPU needs.
+gpu: PYTHON := python3
+gpu: ## measure one CUDA device: PART=test|dense|sparse|train|tune OUT=folder; DRY=1: on the CPU, tiny
+	timeout --kill-after=10 360 $(PYTHON) benchmarks/gpu.py $(PART) --out $(or $(OUT),$(error give OUT=folder for the results)) $(if $(DRY),--dry)
 
 clean: ## remove what was built; .venv and runs stay
 	rm -rf build dist ringspan.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -109,6 +109,8 @@ class Attention(Section):
     """ring: keys and values travel; auto: the cheapest."""
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a rank holds; zigzag gives every rank the same causal work."""
+    mask: Text | None = None
+    """Which keys a query sees, as causal & (window(1024) | sinks(4)); default: what each layer declares."""
 
 
 class Rope(Section):

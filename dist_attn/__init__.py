@@ -8,22 +8,44 @@ from ringspan.dist_attn.exchange import Disagreement, Traffic
 from ringspan.dist_attn.layout import Contiguous, ZigZag
 from ringspan.dist_attn.planner import Plan, plan
 from ringspan.dist_attn.sharding import shard, unshard
-from ringspan.kernels.mask import Causal, Documents, Full, Mask, Span
+from ringspan.kernels.mask import (
+    Causal,
+    Dilated,
+    Documents,
+    Full,
+    Groups,
+    Mask,
+    PerHead,
+    Sinks,
+    Span,
+    Window,
+    s2_attention,
+    sf_attention,
+)
+from ringspan.kernels.mask import parse as parse_mask
 
 __all__ = [
     "Causal",
     "Contiguous",
+    "Dilated",
     "Disagreement",
     "Documents",
     "Full",
+    "Groups",
     "Mask",
+    "PerHead",
     "Plan",
+    "Sinks",
     "Span",
     "Traffic",
+    "Window",
     "ZigZag",
     "attention",
     "attention_with_lse",
+    "parse_mask",
     "plan",
+    "s2_attention",
+    "sf_attention",
     "shard",
     "unshard",
 ]

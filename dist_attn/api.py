@@ -15,7 +15,9 @@ from ringspan.dist_attn.layout import Contiguous, Layout
 from ringspan.dist_attn.planner import Plan, check_strategy
 from ringspan.dist_attn.ring import Call, RingAttention
 from ringspan.dist_attn.schedule import Schedule, schedule
-from ringspan.kernels.mask import Causal, Mask, batch_rows
+from ringspan.kernels.attention import attend
+from ringspan.kernels.mask import Causal, Mask
+from ringspan.kernels.parts import Part, parts_of
 from ringspan.kernels.select import select
 
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -27,13 +29,16 @@ class Extras:
     """What a caller that has agreed on its batch beforehand adds: see ``parallel.context``.
 
     ``label`` tells layers with equal plans apart; ``traffic`` counts bytes; ``agreed`` skips the per-call agreement;
-    ``kept`` is (out, lse) of an identical earlier call, taken instead of running.
+    ``keep`` says that the caller keeps the result and gives it back as ``kept`` to an identical call, which then does
+    not run; ``backend`` names the kernel.
     """
 
     label: int = 0
     traffic: Traffic | None = None
     agreed: bool = False
+    keep: bool = False
     kept: tuple[Tensor, Tensor] | None = None
+    backend: str = "auto"
 
 
 def attention(
@@ -51,6 +56,7 @@ def attention(
     first_kv_head: int = 0,
     total_kv_heads: int | None = None,
     traffic: Traffic | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Exact attention over a sequence that is sharded over ``group``; differentiable in q, k, v and sinks.
 
@@ -68,6 +74,7 @@ def attention(
         length: global tokens; None: world x L. Give it where shares are uneven.
         first_kv_head, total_kv_heads: where this rank's KV heads stand among the model's (tensor parallelism).
         traffic: counters of bytes moved, added to in place.
+        backend: the kernel: "auto", or one of ``kernels.select.BACKENDS`` by name.
 
     Returns:
         out [B, L, H, D] in q's dtype; 0 for a query that sees no key.
@@ -89,6 +96,7 @@ def attention(
         first_kv_head=first_kv_head,
         total_kv_heads=total_kv_heads,
         traffic=traffic,
+        backend=backend,
     )[0]
 
 
@@ -107,6 +115,7 @@ def attention_with_lse(
     first_kv_head: int = 0,
     total_kv_heads: int | None = None,
     traffic: Traffic | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Like ``attention``; also return lse [B, L, H], natural log, fp32 (fp64 for fp64), sinks joined; differentiable.
 
@@ -125,7 +134,7 @@ def attention_with_lse(
         length=length,
         first_kv_head=first_kv_head,
         total_kv_heads=total_kv_heads,
-        extras=Extras(traffic=traffic),
+        extras=Extras(traffic=traffic, backend=backend),
     )
 
 
@@ -148,30 +157,37 @@ def run(
     """Validate, agree, plan and run; the arguments are ``attention``'s."""
     process_group = to_group(group)
     rank, world = place(process_group)
-    fault, masks = None, []
+    fault, parts, kernel = None, (), None
     try:
         _check_tensors(q, k, v, sinks, first_kv_head, total_kv_heads)
         check_strategy(strategy)
         length = _check_length(q.shape[1], layout, rank, world, length)
-        masks = batch_rows(mask, q.shape[0])
-        for each in masks:
-            each.check(length)
+        parts = parts_of(mask, q.shape[0], k.shape[2], first_kv_head, total_kv_heads)
+        for part in parts:
+            part.mask.check(length)
+        kernel = select(q.device, q.dtype, q.shape[-1], backend=extras.backend)
     except ValueError as error:
         if world == 1 or extras.agreed:
             raise
         fault = str(error)
     layout = layout or Contiguous()
     if world > 1 and not extras.agreed:
-        facts = "" if fault else _facts(q, k, masks, layout, length, strategy, scale, sinks)
+        facts = "" if fault else _facts(q, k, parts, layout, length, strategy, scale, sinks)
         agree(process_group, facts, fault)
     assert length is not None
-    parts = _parts(masks, layout, world, length)
+    assert kernel is not None
+    scale = scale if scale is not None else q.shape[-1] ** -0.5
+    if world == 1 and isinstance(mask, Mask) and not extras.keep:
+        # All tokens are here: one operator, that torch.compile and selective checkpointing know.
+        heads = {"first_kv_head": first_kv_head, "total_kv_heads": total_kv_heads}
+        options = {"backend": extras.backend, "out_dtype": q.dtype}
+        return attend(q, k, v, mask=mask, sinks=sinks, scale=scale, **heads, **options)
+    planned = tuple((part, schedule(part.mask, layout, world, length)) for part in parts)
     exchange = None
     if process_group is not None and world > 1:
-        digest = _digest(parts, q, k)
+        digest = _digest(planned, q, k)
         exchange = Exchange(process_group, digest, extras.label, extras.traffic or Traffic())
-    kernel, _ = select(q.device)
-    call = Call(parts, rank, exchange, scale if scale is not None else q.shape[-1] ** -0.5, kernel)
+    call = Call(planned, rank, exchange, scale, kernel)
     return RingAttention.apply(q, k, v, sinks, call, extras.kept)  # pyright: ignore[reportReturnType]
 
 
@@ -194,35 +210,31 @@ def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
-def _parts(masks: list[Mask], layout: Layout, world: int, length: int) -> tuple[tuple[slice, Schedule], ...]:
-    """Give neighbouring batch rows with one mask one schedule, so that they travel together."""
-    parts: list[tuple[slice, Schedule]] = []
-    start = 0
-    for row in range(1, len(masks) + 1):
-        if row == len(masks) or masks[row] != masks[start]:
-            parts.append((slice(start, row), schedule(masks[start], layout, world, length)))
-            start = row
-    return tuple(parts)
-
-
-def _digest(parts: tuple[tuple[slice, Schedule], ...], q: Tensor, k: Tensor) -> str:
-    return Plan(tuple(s for _, s in parts), "ring", q.shape[2], k.shape[2], q.shape[3], q.dtype).hash
+def _digest(planned: tuple[tuple[Part, Schedule], ...], q: Tensor, k: Tensor) -> str:
+    shares = tuple(part.share * (part.rows.stop - part.rows.start) for part, _ in planned)
+    schedules = tuple(each for _, each in planned)
+    return Plan(schedules, shares, "ring", q.shape[2], k.shape[2], q.shape[3], q.dtype).hash
 
 
 def _facts(
     q: Tensor,
     k: Tensor,
-    masks: list[Mask],
+    parts: tuple[Part, ...],
     layout: Layout,
     length: int | None,
     strategy: str,
     scale: float | None,
     sinks: Tensor | None,
 ) -> str:
-    shared = masks[0] if len(set(masks)) == 1 else masks
+    masks = "; ".join(
+        str(part.mask)
+        if len(parts) == 1
+        else f"{part.mask} (rows {part.rows.start}:{part.rows.stop}, heads {part.heads})"
+        for part in parts
+    )
     return (
         f"batch {q.shape[0]}, length {length}, heads {q.shape[2]}/{k.shape[2]} x {q.shape[3]}, {q.dtype}, "
-        f"{layout}, {strategy}, scale {scale}, sinks {sinks is not None}, mask {shared}"
+        f"{layout}, {strategy}, scale {scale}, sinks {sinks is not None}, mask {masks}"
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.schedule import Schedule, Step, schedule
-from ringspan.kernels.mask import Mask, of_row, row_count
+from ringspan.kernels.mask import Mask, row_count
+from ringspan.kernels.parts import parts_of
 
 STRATEGIES = ("auto", "ring")
 
@@ -22,6 +24,7 @@ class Plan:
     """
 
     schedules: tuple[Schedule, ...]
+    shares: tuple[int, ...]  # KV heads, times batch rows, that each schedule serves
     strategy: str
     heads: int
     kv_heads: int
@@ -30,30 +33,35 @@ class Plan:
 
     def received_bytes(self, rank: int, *, backward: bool = False) -> int:
         """Return payload bytes that arrive at ``rank``: K and V in ``dtype``; backward adds fp32 (fp64) dK and dV."""
-        row = 2 * self.kv_heads * self.head_dim  # elements of K and V per token
-        total = sum(each.received_rows(rank) for each in self.schedules) * row * self.dtype.itemsize
-        if backward:
-            wide = 8 if self.dtype == torch.float64 else 4
-            total += sum(each.returned_rows(rank) for each in self.schedules) * row * wide
-        return total
+        received = self._elements(rank, Schedule.received_rows) * self.dtype.itemsize
+        wide = 8 if self.dtype == torch.float64 else 4
+        return received + (self._elements(rank, Schedule.returned_rows) * wide if backward else 0)
 
     def lower_bound_bytes(self, rank: int) -> int:
         """Return the bytes of K and V rows that some query of ``rank`` sees and it does not hold."""
-        rows = sum(each.needed_rows(rank) for each in self.schedules)
-        return rows * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return self._elements(rank, Schedule.needed_rows) * self.dtype.itemsize
 
-    def area(self, rank: int) -> int:
-        """Return live (query, key) pairs of ``rank``, mean over KV heads."""
-        return sum(each.area(rank) for each in self.schedules)
+    def area(self, rank: int) -> float:
+        """Return live (query, key) pairs of ``rank``, mean over KV heads (an int where it is whole)."""
+        total = sum(each.area(rank) * heads for each, heads in zip(self.schedules, self.shares, strict=True))
+        return total // self.kv_heads if total % self.kv_heads == 0 else total / self.kv_heads
 
     def steps(self, rank: int) -> tuple[Step, ...]:
-        """Return the steps of ``rank``, batch row after batch row where rows have plans of their own."""
+        """Return the steps of ``rank``, one plan after the other where batch rows or heads have plans of their own."""
         return tuple(step for each in self.schedules for step in each.steps(rank))
+
+    def _elements(self, rank: int, rows: Callable[[Schedule, int], int]) -> int:
+        """Return how many elements of K and V these rows have, over all schedules."""
+        each = (rows(plan, rank) * heads for plan, heads in zip(self.schedules, self.shares, strict=True))
+        return sum(each) * 2 * self.head_dim
 
     @property
     def hash(self) -> str:
         """Hex digest of everything the ranks must agree on; the same in every process."""
-        parts = [f"{each.mask}|{each.layout}|{each.world}|{each.length}" for each in self.schedules]
+        parts = [
+            f"{each.mask}|{heads}|{each.layout}|{each.world}|{each.length}"
+            for each, heads in zip(self.schedules, self.shares, strict=True)
+        ]
         parts += [
             self.strategy,
             str(self.heads),
@@ -79,7 +87,8 @@ def plan(
     """Plan attention over a sequence of ``length`` tokens on ``world`` ranks, without a process group.
 
     Args:
-        mask: one expression; Documents with a boundary list per batch row give a plan that sums over the rows.
+        mask: one expression; Documents with a boundary list per batch row give a plan that sums over the rows, and
+            masks that differ by head one that sums over the heads.
         layout: who holds which tokens.
         world: ranks; length: global tokens; heads, kv_heads, head_dim: of the model; dtype: of q, k and v.
         strategy: "ring" ("auto" takes it: it is the only one).
@@ -94,10 +103,10 @@ def plan(
         )
     if world < 1:
         raise ValueError(f"world: {world} must be at least 1")
-    rows = row_count(mask)
-    masks = [mask] if rows is None else [of_row(mask, row) for row in range(rows)]
-    schedules = tuple(schedule(each, layout, world, length) for each in masks)
-    return Plan(schedules, "ring", heads, kv_heads, head_dim, dtype)
+    parts = parts_of(mask, row_count(mask) or 1, kv_heads)
+    schedules = tuple(schedule(part.mask, layout, world, length) for part in parts)
+    shares = tuple(part.share * (part.rows.stop - part.rows.start) for part in parts)
+    return Plan(schedules, shares, "ring", heads, kv_heads, head_dim, dtype)
 
 
 def check_strategy(strategy: str) -> None:

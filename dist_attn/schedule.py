@@ -17,8 +17,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ringspan.dist_attn.layout import Layout
-from ringspan.dist_attn.tiles import Pair, Tile, area, coalesce, mark_first, pairs_of, tiles_of
+from ringspan.dist_attn.pairs import Pair, pairs_of, without
 from ringspan.kernels.mask import Mask, Span, overlap, union
+from ringspan.kernels.work import Work, work
 
 
 class Hop(NamedTuple):
@@ -38,17 +39,21 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True)
 class Arrival:
-    """Key spans that come from ``peer`` in one message, and what is computed on them."""
+    """Key spans that come from ``peer`` in one message (or the rank's own), and what is computed on them."""
 
     peer: int
     hops: tuple[Hop, ...]
-    pairs: tuple[Pair, ...]
-    tiles: tuple[Tile, ...]
+    work: Work
 
     @property
     def rows(self) -> int:
         """Key rows in the message."""
-        return sum(hop.span.size for hop in self.hops)
+        return self.work.columns
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """All (query span, key span, full) in global positions."""
+        return pairs_of(self.work.mask, self.work.queries, self.work.keys)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,14 @@ class Step:
     returns: tuple[tuple[int, tuple[Hop, ...]], ...]
 
     @property
+    def computed(self) -> tuple[Arrival, ...]:
+        """The keys this step computes on: the rank's own, or what arrived."""
+        return (self.own,) if self.own else self.arrivals
+
+    @property
     def pairs(self) -> tuple[Pair, ...]:
-        """All (query span, key span, causal) of this step, in global positions."""
-        own = self.own.pairs if self.own else ()
-        return own + tuple(pair for arrival in self.arrivals for pair in arrival.pairs)
+        """All (query span, key span, full) of this step, in global positions."""
+        return tuple(pair for arrival in self.computed for pair in arrival.pairs)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Schedule:
 
     def area(self, rank: int) -> int:
         """Return the live (query, key) pairs of ``rank``."""
-        return sum(area(pair) for step in self.steps(rank) for pair in step.pairs)
+        return sum(arrival.work.area for step in self.steps(rank) for arrival in step.computed)
 
 
 @lru_cache(maxsize=256)
@@ -128,24 +137,18 @@ def schedule(mask: Mask, layout: Layout, world: int, length: int) -> Schedule:
         for span, needers in _pieces(held[owner], owner, needs)
         for hop in _route(owner, span, needers, world)
     ]
-    return Schedule(mask, layout, world, length, tuple(sorted(hops)))
+    return Schedule(mask, layout, world, length, tuple(sorted(hops, key=_order)))
+
+
+def _order(hop: Hop) -> tuple[int, int, int, Span]:
+    """Messages hold their pieces by position, whoever owns them: key spans of a kernel call ascend."""
+    return hop.step, hop.source, hop.target, hop.span
 
 
 def _needs(mask: Mask, layout: Layout, rank: int, world: int, length: int) -> tuple[Span, ...]:
     held = layout.spans(rank, world, length)
     seen = union(span for own in held for cut in mask.cuts(own) for span in mask.reach(cut))
-    return _without(overlap(seen, [Span(0, length)]), union(held))
-
-
-def _without(spans: Sequence[Span], holes: Sequence[Span]) -> tuple[Span, ...]:
-    rest: list[Span] = []
-    for span in spans:
-        start = span.start
-        for hole in overlap([span], holes):
-            rest.append(Span(start, hole.start))
-            start = hole.stop
-        rest.append(Span(start, span.stop))
-    return union(rest)
+    return without(overlap(seen, [Span(0, length)]), union(held))
 
 
 def _pieces(held: Sequence[Span], owner: int, needs: Sequence[tuple[Span, ...]]) -> list[tuple[Span, frozenset[int]]]:
@@ -204,17 +207,12 @@ def _steps(plan: Schedule, rank: int) -> tuple[Step, ...]:
         if hop.home == rank:
             returns[hop.step][hop.target].append(hop)
     held = plan.spans(rank)
-    touched = bytearray(sum(span.size for span in held))
-    own_pairs = pairs_of(plan.mask, held, held)
-    own_tiles = mark_first(coalesce(tiles_of(own_pairs, held, held)), touched)
-    steps = [Step(0, Arrival(rank, (), own_pairs, own_tiles), (), (), (), ())]
+    steps = [Step(0, Arrival(rank, (), work(plan.mask, held, held)), (), (), (), ())]
     for number in sorted({*arrivals, *sends, *gradients, *returns}):
         landed: list[Arrival] = []
         for peer, hops in sorted(arrivals[number].items()):
             keys = tuple(hop.span for hop in hops)
-            pairs = pairs_of(plan.mask, held, keys)
-            tiles = mark_first(coalesce(tiles_of(pairs, held, keys)), touched)
-            landed.append(Arrival(peer, tuple(hops), pairs, tiles))
+            landed.append(Arrival(peer, tuple(hops), work(plan.mask, held, keys)))
         steps.append(
             Step(
                 number,

@@ -41,11 +41,6 @@ class Trained:
     head: nn.Module
     rope: rope_scaling.Rope | None
 
-    @property
-    def attention_layers(self) -> int:
-        """Number of layers, each of which runs attention once per forward pass."""
-        return int(self.base.config.num_hidden_layers)
-
     def counts(self) -> tuple[int, int]:
         """Return (all parameters, trainable ones)."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]

@@ -14,7 +14,7 @@ import torch
 
 from ringspan.configs.load import dump
 from ringspan.configs.schema import Config
-from ringspan.dist_attn import Contiguous, ZigZag
+from ringspan.dist_attn import Contiguous, Mask, ZigZag, parse_mask
 from ringspan.finetune import publish
 from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
@@ -22,6 +22,7 @@ from ringspan.finetune.evaluate import Judge
 from ringspan.finetune.files import find_files
 from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
 from ringspan.finetune.track import Tracker
+from ringspan.kernels.parts import parts_of
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
@@ -46,6 +47,7 @@ def check_inputs(config: Config) -> None:
         find_files(config.eval.path, root=config.data.root, made_by=config.data.made_by)
     read_tokenizer(tokenizer_path(config))
     scaling(config, hf_config)
+    read_mask(config, hf_config)
     folder = Path(config.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,31 @@ def scaling(config: Config, hf_config: Any) -> rope_scaling.Rope | None:
         return None
     target = config.rope.target_length or config.data.seq_length
     return rope_scaling.work_out(hf_config, config.rope.type, target_length=target, factor=config.rope.factor)
+
+
+def read_mask(config: Config, hf_config: Any) -> Mask | None:
+    """Return the mask the config asks for, checked against the model's heads and the length; None without one.
+
+    Raises:
+        Fault: for a text that is no mask, or a mask that a causal language model cannot be trained with.
+    """
+    text = config.attention.mask
+    if text is None:
+        return None
+    try:
+        mask = parse_mask(text)
+        kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
+        for part in parts_of(mask, 1, kv_heads):
+            part.mask.check(config.data.seq_length)
+    except ValueError as error:
+        raise Fault(f"attention.mask: {error}") from error
+    if mask.documents is not None:
+        raise Fault(f"attention.mask: {text!r} holds documents; these come from the data, leave them out")
+    if not mask.causal:
+        raise Fault(
+            f"attention.mask: {text!r} shows a query later tokens, the labels it is trained on; write causal & ({text})"
+        )
+    return mask
 
 
 def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
@@ -113,6 +140,7 @@ def make_context(config: Config, place: Place) -> SequenceContext:
         place.group,
         layout=_LAYOUTS[config.attention.layout](),
         strategy=config.attention.strategy,
+        mask=parse_mask(config.attention.mask) if config.attention.mask is not None else None,
         keep_attention=config.train.activation_checkpointing,
     )
 

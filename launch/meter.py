@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.configs.schema import Config
-from ringspan.dist_attn import Causal, Documents, Plan, plan
+from ringspan.dist_attn import Documents, Mask, Plan, plan
 from ringspan.finetune.model import Trained
 from ringspan.launch.ranks import Place
 from ringspan.parallel.boundaries import Boundaries, rows_of
@@ -33,27 +34,34 @@ class Meter:
         self._seconds = 0.0
         self._tokens = 0
         self._bound = torch.zeros(place.world, dtype=torch.float64)  # bytes each rank had to receive, over the run
-        self._step_bound = self._step_area = 0  # this rank's
+        self._batches: list[tuple[int, ...]] = []  # the step's documents, a batch row each
         self._seen = context.traffic.received_payload
         self._received = torch.zeros(place.world, dtype=torch.float64)
         self._peaks = [self.peak_gib(place)] * place.world
 
     def plan(self, boundaries: Boundaries, batch: int) -> None:
-        """Add this rank's lower bound of a micro-batch: needed K and V twice (forward, backward), dK and dV once.
+        """Note a micro-batch; what it costs is planned from the masks that its layers turn out to have."""
+        self._batches += rows_of(boundaries, batch)
 
-        Over all ranks dK and dV arrive as often as rows were needed; where they arrive is the plan's.
+    def _costs(self) -> tuple[float, float]:
+        """Return this rank's lower bound in bytes, and its live pairs, of the step's attention over all layers.
+
+        K and V are needed twice (forward, backward), dK and dV once. Over all ranks dK and dV arrive as often as rows
+        were needed; where they arrive is the plan's.
         """
-        rank = self._place.rank
-        for edges in rows_of(boundaries, batch):
-            each = self._planned(edges)
-            gradients = each.received_bytes(rank, backward=True) - each.received_bytes(rank)
-            self._step_bound += self._trained.attention_layers * (2 * each.lower_bound_bytes(rank) + gradients)
-            self._step_area += each.area(rank)
+        rank, bound, area = self._place.rank, 0.0, 0.0
+        for mask, layers in Counter(self._context.layer_masks.values()).items():
+            for edges in self._batches:
+                each = self._planned(mask, edges)
+                gradients = each.received_bytes(rank, backward=True) - each.received_bytes(rank)
+                bound += layers * (2 * each.lower_bound_bytes(rank) + gradients)
+                area += layers * each.area(rank)
+        self._batches = []
+        return bound, area
 
-    def _planned(self, edges: tuple[int, ...]) -> Plan:
-        mask = Causal() if len(edges) == 2 else Causal() & Documents(edges)
+    def _planned(self, mask: Mask, edges: tuple[int, ...]) -> Plan:
         return plan(
-            mask,
+            mask if len(edges) == 2 else mask & Documents(edges),
             self._context.layout,
             world=self._place.world,
             length=edges[-1],
@@ -73,7 +81,7 @@ class Meter:
         """Return the step's numbers; every rank must call it."""
         received = self._context.traffic.received_payload - self._seen
         self._seen = self._context.traffic.received_payload
-        mine = [received, self.peak_gib(self._place), self._step_bound, self._step_area]
+        mine = [received, self.peak_gib(self._place), *self._costs()]
         gathered = self._place.gather(torch.tensor(mine, dtype=torch.float64, device=self._place.device))
         received, self._peaks, bound, area = torch.stack(gathered, dim=1).tolist()
         seconds = time.monotonic() - began
@@ -95,14 +103,13 @@ class Meter:
             "memory/peak_gib": max(self._peaks),
         }
         row |= {f"memory/peak_gib_rank{rank}": peak for rank, peak in enumerate(self._peaks)}
-        self._step_bound = self._step_area = 0
         return row
 
     def _flops(self, tokens: int, area: float) -> float:
-        """Return model FLOPs of the step: 6 a parameter and token; 12 a live pair, head, layer and feature."""
+        """Return model FLOPs of the step: 6 a parameter and token; 12 a live pair (of all layers), head and feature."""
         parameters, trainable = self._trained.counts()
         dense = tokens * (4 * parameters + 2 * trainable)
-        return dense + 12.0 * area * self._heads * self._head_dim * self._trained.attention_layers
+        return dense + 12.0 * area * self._heads * self._head_dim
 
     def summary(self) -> dict[str, Any]:
         """Return the run's averages for evaluation.json; nothing where no step was made."""

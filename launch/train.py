@@ -23,6 +23,7 @@ from ringspan.finetune.loss import chunked_cross_entropy
 from ringspan.finetune.model import read_tokenizer
 from ringspan.finetune.report import report
 from ringspan.finetune.track import Tracker
+from ringspan.kernels.select import select
 from ringspan.launch import build, ranks
 from ringspan.launch.cli import read_train
 from ringspan.launch.console import Console
@@ -162,13 +163,17 @@ def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | 
     trained = state.trained
     every, trainable = trained.counts()
     per_step = config.data.seq_length * config.train.batch_size * config.train.gradient_accumulation_steps
+    hf = trained.base.config
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    kernel = select(place.device, getattr(torch, config.model.dtype), int(head_dim))
     return {
         "model": f"{trained.base.config.model_type}, {every / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trained, "
         f"computed in {config.model.dtype}",
         "ranks": f"{place.world} share each sequence (cp), {config.attention.layout} layout, on {place.device.type}",
         "tokens": f"{config.data.seq_length} a sequence, {per_step} a step, "
         f"{per_step * config.train.max_steps / 1e6:.1f} M in all",
-        "attention": f"causal within documents, strategy {config.attention.strategy} -> ring",
+        "attention": f"{config.attention.mask or 'as each layer declares it'}, within documents; "
+        f"strategy {config.attention.strategy} -> ring; {kernel.why}",
         "rope": str(trained.rope) if trained.rope is not None else "as the model has it",
         "memory": f"{Meter.peak_gib(place):.2f} GiB on this rank after building",
         "run": f"{config.train.output_dir}, from step {state.step}, W&B {tracker.mode if tracker else '-'}",

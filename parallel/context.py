@@ -37,8 +37,8 @@ class SequenceContext:
             all.
         layout: who holds which tokens.
         strategy: as in ``dist_attn.attention``.
-        mask: for every layer; None takes each layer's own (causal or full, as the model declares it). Document
-            boundaries of the batch are added to either.
+        mask: for every layer; None takes each layer's own (causal or full, with its sliding window, as the model
+            declares it). Document boundaries of the batch are added to either.
         keep_attention: for a model under activation checkpointing: keep attention's (out, lse) of the first pass, so
             that the recompute never runs the exchange again.
     """
@@ -60,6 +60,7 @@ class SequenceContext:
         self.mask = mask
         self.keep_attention = keep_attention
         self.traffic = Traffic()
+        self.layer_masks: dict[int, Mask] = {}  # by layer index, of the last pass; without document boundaries
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return this rank's part of a batch that every rank of the group holds in full.
@@ -89,7 +90,15 @@ class SequenceContext:
 
     def kwargs(self) -> dict[str, Any]:
         """Return the forward keywords of one pass: call it anew for each micro-batch."""
-        forward = Forward(self.group, self.layout, self.strategy, self.mask, self.keep_attention, self.traffic)
+        forward = Forward(
+            self.group,
+            self.layout,
+            self.strategy,
+            self.mask,
+            self.keep_attention,
+            self.traffic,
+            layer_masks=self.layer_masks,
+        )
         return {"use_cache": False, NAME: forward}
 
     def _cut(self, x: Tensor) -> Tensor:

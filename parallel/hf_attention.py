@@ -1,6 +1,7 @@
 """Attention as transformers calls it: the one place where a model's layer meets the sharded sequence.
 
-What a layer declares is honoured (causal or full, learned sinks) or refused by the layer's name; nothing is dropped.
+What a layer declares is honoured (causal or full, sliding window, learned sinks) or refused by the layer's name;
+nothing is dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ringspan.dist_attn.api import Extras, run
 from ringspan.dist_attn.exchange import Traffic
 from ringspan.dist_attn.layout import Layout, ZigZag
-from ringspan.kernels.mask import Causal, Documents, Full, Mask
+from ringspan.kernels.mask import Causal, Documents, Full, Mask, Window
 from ringspan.parallel.boundaries import Boundaries, of_padding, of_positions
 
 NAME = "ringspan"
@@ -28,7 +29,7 @@ class Forward:
     """One forward pass of one micro-batch: what its attention layers need, and what they keep for a recompute.
 
     The fields are ``SequenceContext``'s; ``kept`` holds each layer's (out, lse) between its first pass and its
-    recompute.
+    recompute; ``layer_masks`` notes what each layer computes, before document boundaries.
     """
 
     group: dist.ProcessGroup | None = None
@@ -38,6 +39,7 @@ class Forward:
     keep_attention: bool = False
     traffic: Traffic = field(default_factory=Traffic)
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layer_masks: dict[int, Mask] = field(default_factory=dict)
 
 
 def register() -> None:
@@ -59,26 +61,28 @@ def ringspan_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query [B, H, L, D], key and value [B, G, L, D]; returns ([B, L, H, D], None).
 
-    What the model declares is honoured (causal or full, learned sinks ``s_aux``) or refused by the layer's name.
+    What the model declares is honoured (causal or full, ``sliding_window``, learned sinks ``s_aux``) or refused by the
+    layer's name; a mask that the context gives takes the place of causal and window.
     """
     layer = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
     given: Forward | None = kwargs.get(NAME)
-    _refuse(layer, query, key, attention_mask, dropout, given, kwargs)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    _refuse(layer, query, key, attention_mask, dropout, given, {**kwargs, "is_causal": causal})
     forward = given or Forward()
     boundaries = kwargs.get("document_boundaries")
     if boundaries is None:
         boundaries = _own_documents(query, attention_mask, kwargs.get("position_ids"))
     length = query.shape[2] if boundaries is None else _length(boundaries)
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    mask = forward.mask or (Causal() if causal else Full())
+    index = int(getattr(module, "layer_idx", 0) or 0)
+    mask = forward.mask or _own_mask(causal, kwargs.get("sliding_window"))
+    forward.layer_masks[index] = mask
     if boundaries is not None and boundaries != (0, length):
         mask = mask & Documents(boundaries)
     q, k, v = (x.transpose(1, 2) for x in _one_dtype(query, key, value))
-    index = int(getattr(module, "layer_idx", 0) or 0)
     keep = forward.keep_attention and torch.is_grad_enabled()
     kept = forward.kept.pop(index, None) if keep else None
-    extras = Extras(label=index, traffic=forward.traffic, agreed=True, kept=kept)
+    extras = Extras(label=index, traffic=forward.traffic, agreed=True, keep=keep, kept=kept)
     try:
         out, lse = run(
             q,
@@ -128,14 +132,10 @@ def _refuse(
     """Raise for what this attention does not compute: nothing a model asks for is dropped silently."""
     window = kwargs.get("sliding_window")
     boundaries = kwargs.get("document_boundaries")
-    length = query.shape[2] if boundaries is None else _length(boundaries)
     if dropout > 0:
         raise ValueError(f"{layer}: attention_dropout {dropout} is not supported; set it to 0 in the model's config")
-    if window is not None and window < length:
-        raise ValueError(
-            f"{layer}: sliding_window {window} is shorter than the {length} tokens and windows are not built yet; "
-            "use sequences no longer than the window, or a model without one"
-        )
+    if window is not None and kwargs.get("is_causal") is False:
+        raise ValueError(f"{layer}: sliding_window {window} without a causal mask is not supported")
     for name in (
         "softcap",
         "logits_soft_cap",
@@ -164,6 +164,13 @@ def _refuse(
             f"{layer}: {dist.get_world_size()} ranks and no context: pass **context.kwargs() to the model "
             "(SequenceContext() where each rank holds whole sequences)"
         )
+
+
+def _own_mask(causal: bool, window: int | None) -> Mask:
+    """Return what the layer declares; Hugging Face's window counts the query itself."""
+    if not causal:
+        return Full()
+    return Causal() if window is None else Causal() & Window(window - 1)
 
 
 def _own_documents(query: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Boundaries | None:

@@ -5,6 +5,8 @@ Masks are built here from words and numbers, never from the library's mask objec
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,50 @@ def mask_table(length: int, *, causal: bool, boundaries: list[int] | None = None
             document[edge:] += 1
         table &= document[:, None] == document[None, :]
     return table
+
+
+def pattern_table(length: int, words: tuple, boundaries: list[int] | None = None) -> Tensor:
+    """Return [length, length] bool: row i sees column j, by a pattern in words, within documents.
+
+    Args:
+        words: ("full",), ("causal",), ("window", left, right), ("sinks", n), ("groups", size, shift, per_document),
+            ("dilated", window, dilation), ("and", pattern, ...) or ("or", pattern, ...).
+        boundaries: of the documents; None is one document.
+    """
+    start = [0] * length  # the first position of each position's document
+    for left, right in zip(boundaries or [], (boundaries or [])[1:], strict=False):
+        start[left:right] = [left] * (right - left)
+    first = torch.tensor(start)
+    return _pattern(words, torch.arange(length), first) & (first[:, None] == first[None, :])
+
+
+def _pattern(words: tuple, position: Tensor, first: Tensor) -> Tensor:
+    name, *numbers = words
+    query, key = position[:, None], position[None, :]
+    if name in ("and", "or"):
+        tables = torch.stack([_pattern(each, position, first) for each in numbers])
+        return tables.all(0) if name == "and" else tables.any(0)
+    if name == "full":
+        return (query + key) >= 0
+    if name == "causal":
+        return key <= query
+    if name == "window":
+        left, right = numbers
+        return (key >= query - left) & (key <= query + right)
+    if name == "sinks":
+        return (position - first < numbers[0])[None, :].expand(len(position), -1)
+    if name == "groups":
+        size, shift, per_document = numbers
+        counted = (position - first if per_document else position).tolist()
+        group = torch.tensor([math.floor((one - shift) / size) for one in counted])
+        return group[:, None] == group[None, :]
+    if name == "dilated":
+        window, dilation = numbers
+        table = torch.zeros(len(position), len(position), dtype=torch.bool)
+        for back in range(window):
+            table |= key == query - back * dilation
+        return table
+    raise ValueError(name)
 
 
 def attention(

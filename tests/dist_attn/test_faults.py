@@ -72,7 +72,7 @@ def refused(group: dist.ProcessGroup, kind: str) -> list[str]:
     ("kind", "message", "rank"),
     [
         ("length", "q: 7 tokens, but rank 1 of 2 holds 8 of 16", "1"),
-        ("mask", "ranks disagree on their inputs: rank 0 has .*Causal.*rank 1 has .*Full", "0"),
+        ("mask", "ranks disagree on their inputs: rank 0 has .*mask causal; rank 1 has .*mask full", "0"),
         ("layouts", "rank 0 has .*ZigZag.*rank 1 has .*Contiguous", "0"),
         ("layout", "layout: required with 2 ranks", "0"),
         ("shape", "q, k, v: shapes", "1"),

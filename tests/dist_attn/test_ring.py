@@ -8,17 +8,17 @@ import torch
 import torch.distributed as dist
 
 from dense import attention as dense_attention
-from dense import mask_table, relative_rms
+from dense import mask_table, pattern_table, relative_rms
 from ringspan.dist_attn import (
     Causal,
     Contiguous,
     Documents,
-    Full,
     Mask,
     Traffic,
     ZigZag,
     attention,
     attention_with_lse,
+    parse_mask,
     plan,
     shard,
     unshard,
@@ -29,6 +29,20 @@ from ringspan.parallel.testing import run_ranks
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-6}
 LAYOUTS: dict[str, Layout] = {"zigzag": ZigZag(), "contiguous": Contiguous()}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+CAUSAL = ("causal",)
+PATTERNS: dict[str, tuple[str, tuple]] = {  # masks as ringspan writes them, and as the truth does
+    "causal": ("causal", CAUSAL),
+    "full": ("full", ("full",)),
+    "window": ("causal & (window(20) | sinks(4))", ("and", CAUSAL, ("or", ("window", 20, 0), ("sinks", 4)))),
+    "both sides": ("window(9, 3)", ("window", 9, 3)),
+    "groups": ("causal & groups(24, 12)", ("and", CAUSAL, ("groups", 24, 12, False))),
+    "dilated": (
+        "causal & (dilated(5, 7) | window(3) | sinks(1))",
+        ("and", CAUSAL, ("or", ("dilated", 5, 7), ("window", 3, 0), ("sinks", 1))),
+    ),
+}
 
 
 class Case(NamedTuple):
@@ -49,11 +63,11 @@ class Case(NamedTuple):
         return sorted({0, 1, self.length // 4, self.length // 3, self.length}) if "documents" in self.mask else None
 
     def build(self) -> tuple[Mask, torch.Tensor]:
-        causal = "causal" in self.mask
-        mask: Mask = Causal() if causal else Full()
+        text, words = PATTERNS[self.mask.removesuffix(" documents")]
+        mask = parse_mask(text)
         if self.boundaries is not None:
             mask = mask & Documents(self.boundaries)
-        return mask, mask_table(self.length, causal=causal, boundaries=self.boundaries)
+        return mask, pattern_table(self.length, words, self.boundaries)
 
 
 def covering() -> list[Case]:
@@ -74,14 +88,23 @@ def covering() -> list[Case]:
         (4, "contiguous", "causal documents", "float32", 130, (2, 2), 16, True, True),
         (3, "zigzag", "causal documents", "float32", 7, (4, 4), 32, False, True),
         (3, "contiguous", "full", "float64", 130, (6, 3), 16, True, True),
+        (1, "contiguous", "window documents", "float64", 130, (4, 2), 16, True, True),
+        (2, "contiguous", "window", "float32", 130, (8, 2), 32, True, True),
+        (4, "zigzag", "window documents", "float64", 101, (4, 1), 16, True, False),
+        (4, "contiguous", "window documents", "float32", 257, (4, 4), 33, False, True),
+        (3, "zigzag", "both sides", "float64", 61, (4, 2), 16, False, True),
+        (4, "contiguous", "groups", "float64", 130, (4, 2), 32, True, False),
+        (3, "zigzag", "groups documents", "float32", 101, (2, 1), 16, False, True),
+        (2, "zigzag", "dilated", "float32", 130, (4, 2), 16, True, True),
+        (4, "contiguous", "dilated documents", "float64", 101, (4, 4), 16, False, False),
     ]
     return [Case(*row) for row in table]
 
 
 def full_product() -> list[Case]:
     values = product(
-        (1, 2, 3, 4), LAYOUTS, ("causal", "full", "causal documents", "full documents"), ("float64", "float32"),
-        (5, 64, 130), ((4, 4), (8, 2), (4, 1)), (32,), (False, True), (False, True),
+        (1, 2, 3, 4), LAYOUTS, [f"{name}{end}" for name in PATTERNS for end in ("", " documents")], ("float64", "float32"),
+        (5, 130), ((4, 4), (8, 2), (4, 1)), (32,), (False, True), (False, True),
     )  # fmt: skip
     return [Case(*row) for row in values]
 
@@ -192,7 +215,7 @@ def test_full_product(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("mask", ["causal", "causal documents", "full"])
+@pytest.mark.parametrize("mask", ["causal", "causal documents", "full", "window"])
 def test_bf16_is_no_worse_than_one_rank(mask: str) -> None:
     one = Case(1, "zigzag", mask, "bfloat16", 510, (8, 2), 64, True, False)
     alone = errors(None, one)

@@ -4,31 +4,67 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dense import mask_table
-from ringspan.dist_attn import Causal, Contiguous, Documents, Full, Plan, Span, ZigZag, plan
+from ringspan.dist_attn import (
+    Causal,
+    Contiguous,
+    Dilated,
+    Documents,
+    Full,
+    Groups,
+    PerHead,
+    Plan,
+    Sinks,
+    Span,
+    Window,
+    ZigZag,
+    plan,
+    s2_attention,
+)
 from ringspan.dist_attn.layout import Layout
+from ringspan.dist_attn.pairs import Pair, pairs_of, without
 from ringspan.dist_attn.schedule import Schedule, schedule
-from ringspan.dist_attn.tiles import Tile, coalesce, pairs_of
 from ringspan.kernels.mask import Mask
 
 LAYOUTS = [Contiguous(), ZigZag()]
 
 
 @st.composite
+def masks(draw: st.DrawFn, length: int) -> tuple[Mask, torch.Tensor]:
+    """A mask, and its table made from words and numbers."""
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    inner = sorted(draw(st.sets(st.integers(1, length), max_size=5)) - {length})
+    start = torch.zeros(length, dtype=torch.long)
+    if draw(st.booleans()):
+        for edge in inner:
+            start[edge:] = edge
+    same, first = start[:, None] == start[None, :], k - start[None, :]
+    size, window = draw(st.integers(1, 9)), draw(st.integers(0, 9))
+    parts: list[tuple[Mask, torch.Tensor]] = [
+        (Full(), torch.ones(length, length, dtype=torch.bool)),
+        (Window(window), (q - k <= window) & (k <= q)),
+        (Window(window) | Sinks(2), ((q - k <= window) & (k <= q)) | (first < 2)),
+        (Groups(size, size // 2), (q - size // 2) // size == (k - size // 2) // size),
+        (Dilated(3, size), ((q - k) % size == 0) & (q >= k) & (q - k < 3 * size)),
+    ]
+    mask, table = draw(st.sampled_from(parts))
+    if draw(st.booleans()):
+        mask, table = Causal() & mask, table & (q >= k)
+    if bool(start.any()):
+        mask = mask & Documents([0, *inner, length])
+    return mask, table & same
+
+
+@st.composite
 def cases(draw: st.DrawFn) -> tuple[Schedule, torch.Tensor]:
     world, length = draw(st.integers(1, 6)), draw(st.integers(1, 40))
-    inner = sorted(draw(st.sets(st.integers(1, length), max_size=5)) - {length})
-    causal, packed = draw(st.booleans()), draw(st.booleans())
-    mask: Mask = Causal() if causal else Full()
-    if packed:
-        mask = mask & Documents([0, *inner, length])
-    table = mask_table(length, causal=causal, boundaries=[0, *inner, length] if packed else None)
+    mask, table = draw(masks(length))
     return schedule(mask, draw(st.sampled_from(LAYOUTS)), world, length), table
 
 
@@ -36,62 +72,62 @@ def held(spans: tuple[Span, ...]) -> list[int]:
     return [p for span in spans for p in range(span.start, span.stop)]
 
 
+def check_pairs(pairs: Iterable[Pair], table: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """Return how often each live (query, key) is in a pair, having looked at each pair's kind."""
+    seen = torch.zeros(table.shape, dtype=torch.long)
+    for pair in pairs:
+        block = table[pair.q.start : pair.q.stop, pair.k.start : pair.k.stop]
+        assert block.any(0).all(), "a key that no query of the pair sees"
+        assert bool(block.all()) == pair.full
+        assert mask.area(pair.q, pair.k) == int(block.sum())
+        seen[pair.q.start : pair.q.stop, pair.k.start : pair.k.stop] += block.long()
+    return seen
+
+
 @given(cases())
 @settings(deadline=None, max_examples=150)
-def test_every_live_pair_is_computed_once_and_nothing_else(
-    case: tuple[Schedule, torch.Tensor],
-) -> None:
+def test_every_live_pair_is_computed_once(case: tuple[Schedule, torch.Tensor]) -> None:
     plan_, table = case
     seen = torch.zeros(table.shape, dtype=torch.long)
     for rank in range(plan_.world):
-        before = int(seen.sum())
-        for step in plan_.steps(rank):
-            for pair in step.pairs:
-                block = torch.ones(pair.q.size, pair.k.size, dtype=torch.long)
-                seen[pair.q.start : pair.q.stop, pair.k.start : pair.k.stop] += block.tril() if pair.causal else block
-        assert int(seen.sum()) - before == plan_.area(rank)
+        mine = check_pairs((pair for step in plan_.steps(rank) for pair in step.pairs), table, plan_.mask)
+        assert int(mine.sum()) == plan_.area(rank)
+        seen += mine
     assert torch.equal(seen, table.long())
 
 
-@given(st.data(), st.booleans(), st.sets(st.integers(1, 19), max_size=3))
+@given(cases())
+@settings(deadline=None, max_examples=100)
+def test_keys_of_a_call_ascend_and_are_the_keys_that_came(case: tuple[Schedule, torch.Tensor]) -> None:
+    plan_, _ = case
+    for rank in range(plan_.world):
+        for step in plan_.steps(rank):
+            for arrival in step.computed:
+                keys = arrival.work.keys
+                assert all(a.stop <= b.start for a, b in zip(keys, keys[1:], strict=False))
+                assert arrival.work.queries == plan_.spans(rank)
+                if arrival is not step.own:
+                    assert keys == tuple(hop.span for hop in arrival.hops)
+                    assert arrival.rows == sum(hop.span.size for hop in arrival.hops)
+
+
+@given(st.data())
 @settings(deadline=None)
-def test_pairs_of_any_two_spans_are_exact(data: st.DataObject, causal: bool, inner: set[int]) -> None:
-    """Also where keys lie strictly inside the queries' span, which no layout makes today."""
-    edges = [0, *sorted(inner), 20]
-    mask = (Causal() if causal else Full()) & Documents(edges)
+def test_pairs_of_any_two_spans_are_exact(data: st.DataObject) -> None:
+    """Also where keys lie strictly inside the queries' span."""
+    mask, table = data.draw(masks(20))
     spans = [Span(start, data.draw(st.integers(start + 1, 20))) for start in (data.draw(st.integers(0, 19)), 0, 7)]
-    table = mask_table(20, causal=causal, boundaries=edges)
     for q, k in ((spans[0], spans[1]), (spans[1], spans[0]), (spans[1], spans[2])):
-        seen = torch.zeros(20, 20, dtype=torch.long)
-        for pair in pairs_of(mask, [q], [k]):
-            block = torch.ones(pair.q.size, pair.k.size, dtype=torch.long)
-            seen[pair.q.start : pair.q.stop, pair.k.start : pair.k.stop] += block.tril() if pair.causal else block
         wanted = torch.zeros(20, 20, dtype=torch.long)
         wanted[q.start : q.stop, k.start : k.stop] = table[q.start : q.stop, k.start : k.stop].long()
-        assert torch.equal(seen, wanted)
+        assert torch.equal(check_pairs(pairs_of(mask, [q], [k]), table, mask), wanted)
 
 
-@given(cases())
-@settings(deadline=None, max_examples=150)
-def test_tiles_cover_the_same_pairs_in_local_rows(case: tuple[Schedule, torch.Tensor]) -> None:
-    plan_, table = case
-    for rank in range(plan_.world):
-        queries = held(plan_.spans(rank))
-        seen, touched = torch.zeros(table.shape, dtype=torch.long), set()
-        for step in plan_.steps(rank):
-            for arrival in (step.own, *step.arrivals):
-                if arrival is None:
-                    continue
-                keys = queries if arrival is step.own else held(tuple(hop.span for hop in arrival.hops))
-                for tile in arrival.tiles:
-                    rows = set(range(tile.q.start, tile.q.stop))
-                    assert tile.first == rows.isdisjoint(touched)
-                    touched |= rows
-                    for i, q in enumerate(queries[tile.q.start : tile.q.stop]):
-                        stop = tile.k.start + i + 1 if tile.causal else tile.k.stop
-                        for k in keys[tile.k.start : stop]:
-                            seen[q, k] += 1
-        assert torch.equal(seen[queries], table[queries].long())
+def test_without_cuts_holes_out_of_spans() -> None:
+    spans = (Span(0, 10), Span(12, 20))
+    assert without(spans, (Span(2, 4), Span(8, 14))) == (Span(0, 2), Span(4, 8), Span(14, 20))
+    assert without(spans, ()) == spans
+    assert without(spans, (Span(0, 30),)) == ()
 
 
 @given(cases())
@@ -142,24 +178,31 @@ def test_causal_zigzag_saves_a_quarter_and_balances() -> None:
     }  # neighbours only
 
 
-def test_own_chunks_of_a_zigzag_rank_are_one_causal_tile() -> None:
-    first = schedule(Causal(), ZigZag(), 4, 64).steps(1)[0]
-    assert first.own is not None
-    assert first.own.tiles == (Tile(Span(0, 16), Span(0, 16), True, True),)
+def test_a_window_is_a_halo_from_the_left_and_sinks_come_from_the_first_rank() -> None:
+    plan_ = schedule(Causal() & (Window(10) | Sinks(4)), Contiguous(), 4, 400)
+    for rank in range(1, 4):
+        came = {(hop.owner, hop.span) for hop in plan_.hops if hop.target == rank}
+        halo = (rank - 1, Span(100 * rank - 10, 100 * rank))
+        assert came == {halo, (0, Span(0, 4))}
+
+
+def test_s2_groups_move_half_a_group_for_half_of_the_heads() -> None:
+    made = whole(s2_attention(100), Contiguous(), 4, 400)
+    row = 2 * 1 * 64 * 2  # K and V of the one KV head whose groups are shifted
+    assert [made.received_bytes(rank) for rank in range(4)] == [0, 50 * row, 50 * row, 50 * row]
+    assert made.lower_bound_bytes(1) == 50 * row
+    assert made.area(0) == (100 * 101 // 2 + 50 * 51) / 2  # mean over the two KV heads
+
+
+def test_per_head_masks_are_planned_head_by_head() -> None:
+    made = whole(PerHead({(0, 1): Causal(), (1, 2): Causal() & Window(10)}), Contiguous(), 2, 100)
+    row = 2 * 64 * 2
+    assert made.received_bytes(1) == (50 + 10) * row == made.lower_bound_bytes(1)
 
 
 def test_documents_within_ranks_cost_no_bytes() -> None:
     plan_ = schedule(Causal() & Documents([0, 16, 32, 48, 64]), Contiguous(), 4, 64)
     assert not plan_.hops
-
-
-def test_coalesce_leaves_strangers_alone() -> None:
-    tiles = [
-        Tile(Span(0, 4), Span(0, 4), True),
-        Tile(Span(4, 8), Span(4, 8), True),
-        Tile(Span(4, 8), Span(8, 12), False),
-    ]
-    assert coalesce(tiles) == tiles
 
 
 def whole(mask: Mask, layout: Layout, world: int, length: int, dtype: torch.dtype = torch.bfloat16) -> Plan:

@@ -126,6 +126,26 @@ def test_the_run_folder_and_the_export(tiny: Any) -> None:
     assert sum(sums) == pytest.approx(total, rel=1e-4)
 
 
+def test_a_sparse_mask_trains_alike_on_two_ranks_and_moves_less(tiny: Any) -> None:
+    masks = {"dense": None, "sparse": "causal & (window(16) | sinks(4))", "heads": "s2_attention(32)"}
+    moved = {}
+    for name, mask in masks.items():
+        for cp in (1, 2):
+            run = f"{name}{cp}"
+            attention = {"mask": mask, "layout": "contiguous"} if mask else {"layout": "contiguous"}
+            done = tiny.train(tiny.config(run, attention=attention, parallel={"cp": cp}))
+            assert done.returncode == 0, done.stderr
+            assert (mask or "as each layer declares it") in done.stdout
+        one, two = tiny.losses(f"{name}1"), tiny.losses(f"{name}2")
+        assert max(abs(a - b) / b for a, b in zip(two, one, strict=True)) <= 1e-5
+        rows = tiny.metrics(f"{name}2")
+        assert all(row["perf/bytes_per_step"] == row["perf/bytes_lower_bound"] for row in rows)
+        moved[name] = rows[0]["perf/bytes_per_step"]
+    assert tiny.losses("sparse1") != tiny.losses("dense1")
+    assert moved["sparse"] < moved["dense"] / 3
+    assert moved["heads"] < moved["dense"] / 3
+
+
 def test_bfloat16_trains(tiny: Any) -> None:
     done = tiny.train(tiny.config(model={"dtype": "bfloat16"}, parallel={"cp": 2}))
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
         ),
         ({"eval": {"path": "none.jsonl", "every": 1}}, "none.jsonl"),
         ({"parallel": {"cp": 200}}, "cp"),
+        ({"attention": {"mask": "causal & windw(8)"}}, "attention.mask: .*windw.*window"),
+        ({"attention": {"mask": "causal & __import__('os')"}}, "attention.mask: "),
+        ({"attention": {"mask": "window(4, 2)"}}, r"attention.mask: .*later tokens.*causal & \(window\(4, 2\)\)"),
+        ({"attention": {"mask": "causal & documents(0, 9)"}}, "attention.mask: .*"),
+        ({"attention": {"mask": "per_head({(0, 3): causal})"}}, "attention.mask: .*3 KV heads.*has 2"),
         ({"train": {"output_dir": "/proc/here"}}, "train.output_dir: /proc/here cannot be written"),
     ],
 )

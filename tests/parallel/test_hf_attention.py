@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import EDGES, SIZES, build, tokens
-from transformers import AutoModelForCausalLM, GptOssConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MistralConfig, Qwen2Config
 
 from dense import relative_rms
+from ringspan.dist_attn import Causal, parse_mask, shard
 from ringspan.parallel.context import IGNORE, SequenceContext
 from ringspan.parallel.hf_attention import ringspan_attention
 from ringspan.parallel.testing import run_ranks
@@ -81,10 +82,7 @@ class Layer(torch.nn.Module):
     ("change", "message"),
     [
         ({"dropout": 0.1}, r"layer 3 \(Layer\): attention_dropout 0.1"),
-        (
-            {"sliding_window": 5},
-            r"layer 3 \(Layer\): sliding_window 5 is shorter than the 6 tokens",
-        ),
+        ({"sliding_window": 5, "is_causal": False}, r"layer 3 \(Layer\): sliding_window 5 without a causal mask"),
         ({"softcap": 30.0}, "softcap is not supported"),
         ({"output_attentions": True}, "output_attentions is not supported"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "cu_seq_lens_q is not supported"),
@@ -105,11 +103,50 @@ def test_what_is_not_built_is_refused_by_layer_name(change: dict[str, Any], mess
         ringspan_attention(Layer(), **{**given, **change})
 
 
-def test_a_model_with_a_short_window_is_refused_not_widened() -> None:
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=16), attn_implementation="ringspan")
-    context = SequenceContext()
-    with pytest.raises(ValueError, match=r"layer 0 \(MistralAttention\): sliding_window"):
-        model(**context.shard({"input_ids": tokens()}), **context.kwargs())
+def windowed(kind: str, implementation: str) -> Any:
+    """A window of 16: Mistral has it in every layer, Qwen2 in all but the first, gpt-oss in every other."""
+    config = {
+        "mistral": lambda: MistralConfig(**SIZES, sliding_window=16),
+        "qwen2": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=16),
+    }[kind]()
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
+
+
+def windows(group: dist.ProcessGroup | None, kind: str) -> list[float]:
+    """Return the error of the logits, how far they are from those without windows, and how many masks there are."""
+    context = SequenceContext(group)
+    model = windowed(kind, "ringspan")
+    found = model(**context.shard({"input_ids": tokens()}), **context.kwargs()).logits
+    truth = windowed(kind, "eager")(input_ids=tokens(), use_cache=False).logits
+    wide = SequenceContext(group, mask=Causal())
+    other = model(**wide.shard({"input_ids": tokens()}), **wide.kwargs()).logits
+    mine = shard(truth, context.layout, group) if group is not None else truth
+    return [relative_rms(found, mine), relative_rms(other, mine), len(set(context.layer_masks.values()))]
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("mistral", 1), ("qwen2", 2), ("gpt_oss", 2)])
+@pytest.mark.parametrize("world", [1, 2])
+def test_sliding_windows_that_a_model_declares_are_honoured(kind: str, kinds: int, world: int) -> None:
+    results = [windows(None, kind)] if world == 1 else run_ranks(windows, world, kind)
+    for error, without, masks in results:
+        assert error < 1e-5
+        assert without > 1e-3  # they do act
+        assert masks == kinds
+
+
+def test_a_mask_of_the_context_takes_the_place_of_the_layers_own() -> None:
+    mask = parse_mask("causal & (window(7) | sinks(2))")
+    model = build("llama", torch.float64).eval()
+    context = SequenceContext(mask=mask)
+    found = model(**context.shard({"input_ids": tokens()}), **context.kwargs()).logits
+    position = torch.arange(45)
+    distance = position[:, None] - position
+    table = (distance >= 0) & ((distance <= 7) | (position < 2))
+    stock = build("llama", torch.float64, "sdpa").eval()
+    truth = stock(input_ids=tokens(), attention_mask=table[None, None].expand(2, 1, -1, -1), use_cache=False).logits
+    assert relative_rms(found, truth) < 1e-9
 
 
 def no_context(group: dist.ProcessGroup) -> str:
