@@ -73,7 +73,9 @@ def figures(case: Case) -> dict[str, Any]:
         target=GPUTarget("cuda", case.arch, 32),
         options=one.options,
     )
-    found = assembled(made.asm["ptx"], case.arch)
+    found = assembled(made.asm["ptx"], case.arch, str(one.options.get("ptx_options") or "").split())
+    if (held := registers_of(made.asm["cubin"])) != found["registers"]:
+        raise RuntimeError(f"ptxas says {found['registers']} registers, the compiled kernel has {held}")
     code = instructions(made.asm["cubin"])
     loops = tile_loops(code)
     # Both loops do the same products; the one without bounds to compare is the shorter.
@@ -109,15 +111,14 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def assembled(ptx: str, arch: int) -> dict[str, int]:
-    """Return registers and spilled bytes by ptxas's own account."""
+def assembled(ptx: str, arch: int, options: list[str]) -> dict[str, int]:
+    """Return registers and spilled bytes by ptxas's own account, assembled as Triton does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         name = re.search(r"\.target (sm_\w+)", ptx)
-        command = [str(tools() / "ptxas"), "-v", f"--gpu-name={name.group(1) if name else f'sm_{arch}'}", str(path)]
-        done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
+        target = f"--gpu-name={name.group(1) if name else f'sm_{arch}'}"
+        said = output("ptxas", "-v", *options, target, str(path), "-o", os.devnull)
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
     if spills is None or registers is None:
@@ -131,14 +132,28 @@ def assembled(ptx: str, arch: int) -> dict[str, int]:
     }
 
 
+def output(tool: str, *arguments: str) -> str:
+    """Run one of the tools; return all it says."""
+    done = subprocess.run([str(tools() / tool), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def registers_of(cubin: bytes) -> int:
+    """Return the registers per thread that the compiled kernel asks for."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return int(re.findall(r"REG:(\d+)", output("cuobjdump", "-res-usage", str(path)))[0])
+
+
 def instructions(cubin: bytes) -> list[str]:
     """Return the disassembly: labels and instructions, in order."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        text = subprocess.run([str(tools() / "nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True)
+        text = output("nvdisasm", "-c", str(path))
     found = []
-    for line in text.stdout.splitlines():
+    for line in text.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
         code = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
         if label or code:

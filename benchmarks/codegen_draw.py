@@ -14,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "codegen.png"
-TITLES = {"forward": "forward", "query": "dQ", "keys": "dK, dV"}
+TITLES = {"forward": "forward", "query": "dQ", "keys": "dK and dV"}
 FULL, MASKED, HELD = "#2f6db3", "#c9d8ea", "#4f9d69"
 REGISTERS = 255
+LIMITS = {80: 163, 90: 227}  # KiB of shared memory
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -44,20 +45,21 @@ def draw(results: Path, target: Path = TARGET) -> Path:
     rows = [(Case.read(name), found) for name, found in committed[version].items() if not Case.read(name).variant]
     rows.sort(key=lambda row: (-row[0].arch, row[0].head_dim, list(TITLES).index(row[0].kernel)))
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        figure = Figure(figsize=(12, 5.8), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(
             f"Code generated for one tile, bf16, Triton {version}: no GPU needed to know it", fontweight="bold"
         )
-        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[2.2, 1, 1])
+        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1, 1])
         _instructions(left, rows)
-        _bar(middle, "registers per thread", [found["registers"] for _, found in rows], REGISTERS, "255 at most")
+        _bar(middle, "registers per thread", [found["registers"] for _, found in rows], REGISTERS)
         shares = [found["shared_bytes"] / 1024 for _, found in rows]
-        _bar(right, "shared memory per block, KiB", shares, None, "")
+        _bar(right, "shared memory, KiB", shares, max(LIMITS.values()))
         for place, (case, _) in enumerate(rows):
-            limit = {80: 163, 90: 227}[case.arch]
-            right.plot([limit, limit], [place - 0.4, place + 0.4], color="#b03a2e", lw=1.5)
-        right.set_xlabel("red: what the GPU has")
+            for axes, limit in ((middle, REGISTERS), (right, LIMITS[case.arch])):
+                axes.plot([limit, limit], [place - 0.42, place + 0.42], color="#b03a2e", lw=2)
+        middle.set_xlabel("red: what a thread may have")
+        right.set_xlabel("red: what a block may have")
         left.set_yticks(range(len(rows)), [_label(case, found) for case, found in rows])
         left.invert_yaxis()
         figure.savefig(target, dpi=150, metadata={"Description": digest(results)})
@@ -82,12 +84,9 @@ def _instructions(axes: Axes, rows: list[tuple[Case, dict[str, Any]]]) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
-def _bar(axes: Axes, title: str, values: list[float], limit: int | None, words: str) -> None:
+def _bar(axes: Axes, title: str, values: list[float], limit: int) -> None:
     axes.barh(range(len(values)), values, 0.6, color=HELD)
     for place, value in enumerate(values):
-        axes.text(value, place, f" {value:.0f}", va="center", fontsize=8.5)
-    if limit is not None:
-        axes.axvline(limit, color="#b03a2e", lw=1.5)
-        axes.set_xlabel(f"red: {words}")
-    axes.set_xlim(0, max([*values, limit or 0]) * 1.22)
+        axes.text(limit * 0.02, place, f"{value:.0f}", va="center", fontsize=8.5, color="white", fontweight="bold")
+    axes.set_xlim(0, limit * 1.05)
     axes.set_title(title)

@@ -25,20 +25,20 @@ STARTS_RANKS = ("run_ranks", "torchrun", "torch.distributed.run")  # words of te
 def run(record: Record) -> None:
     """Run all checks, the most telling first."""
     small = [sys.executable, str(HERE / "gpu_small.py")]
-    with record.row("small case", 60) as row:
+    with record.row("small case", 120) as row:
         if row is not None:
-            row.update(command(small, min(60, record.left)))
-    with record.row("virtual ranks", 90) as row:
+            row.update(command(small, within(90, record)))
+    with record.row("virtual ranks", 120) as row:
         if row is not None:
             path = ROOT / "tests" / "dist_attn" / "test_virtual.py"
             row.update(tests([path], 90, record) if path.exists() else {"skipped": f"no {path.name}"})
-    with record.row("compute-sanitizer memcheck", 90) as row:
+    with record.row("compute-sanitizer memcheck", 150) as row:
         if row is not None:
             row.update(sanitized(small, record))
-    with record.row("kernel tests", 270) as row:
+    with record.row("kernel tests", 300) as row:
         if row is not None:
             row.update(tests(kernel_tests(record.dry), 270, record))
-    with record.row("plan tests", 60) as row:
+    with record.row("plan tests", 90) as row:
         if row is not None:
             row.update(tests(plan_tests(record.dry), 60, record))
 
@@ -65,7 +65,12 @@ def sanitized(small: list[str], record: Record) -> dict[str, Any]:
     if record.dry:
         return {"skipped": "a dry run has no device to check"}
     checked = [tool, "--tool", "memcheck", "--error-exitcode", "9", *small]
-    return command(checked, min(120, record.left), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return command(checked, within(120, record), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def within(seconds: float, record: Record) -> float:
+    """Return what of the seconds is left for a command, so that it ends before its row does and its words are kept."""
+    return min(seconds, max(record.left, 15) - 5)
 
 
 def command(words: list[str], seconds: float, **environment: str) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def tests(files: list[Path], seconds: float, record: Record) -> dict[str, Any]:
     environment = {"GPU_PYTEST_LOG": str(log), "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ['PYTHONPATH']}"}
     if record.dry:
         environment["TRITON_INTERPRET"] = "1"
-    ended = command([*words, *map(str, files)], min(seconds, max(record.left, 15)), **environment)
+    ended = command([*words, *map(str, files)], within(seconds, record), **environment)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     counts = {name: sum(line["outcome"] == name for line in lines) for name in ("passed", "failed", "skipped")}
     broken = {line["test"]: line["why"] for line in lines if line["outcome"] == "failed"}

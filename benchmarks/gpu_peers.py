@@ -38,8 +38,8 @@ def sdpa(backend: SDPBackend, case: Case, clock: Clock) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            turned = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*turned, is_causal=True, enable_gqa=True).transpose(1, 2)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     return run
 
@@ -60,10 +60,12 @@ def flex(case: Case, clock: Clock) -> Run:
     operator = flex_attention if clock.dry else torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turned = [x.transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if clock.dry:
-            turned = [x.detach() for x in turned]
-        return operator(*turned, block_mask=block, enable_gqa=True).transpose(1, 2)
+            q, k, v = q.detach(), k.detach(), v.detach()
+        out = operator(q, k, v, block_mask=block, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
 
     return run
 

@@ -61,6 +61,8 @@ def arms(dry: bool) -> list[Arm]:
 
 def llama(dry: bool) -> LlamaConfig:
     """Return the model: 0.5 B parameters, 8 layers, hidden 2048, 32 query and 8 KV heads of 64."""
+    sizes: dict[str, Any]
+    heads: dict[str, Any]
     if dry:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -27,7 +27,8 @@ from ringspan.dist_attn import Causal, Traffic, ZigZag, plan
 from ringspan.dist_attn.exchange import Exchange, Message, Pending
 from ringspan.dist_attn.ring import Call, RingAttention
 from ringspan.dist_attn.schedule import schedule
-from ringspan.kernels import cpu
+from ringspan.kernels.parts import Part
+from ringspan.kernels.select import select
 from ringspan.parallel.testing import run_ranks
 
 HEADS, GROUPS, DIM = 8, 2, 64
@@ -48,7 +49,9 @@ class Silent(Exchange):
 def ring_arm(group: dist.ProcessGroup, tensors: list[Tensor], length: int, silent: bool, traffic: Traffic) -> None:
     exchange = (Silent if silent else Exchange)(group, "0" * 64, 0, traffic)
     made = schedule(Causal(), ZigZag(), dist.get_world_size(group), length)
-    call = Call(((slice(0, 1), made),), dist.get_rank(group), exchange, DIM**-0.5, cpu)
+    kernel = select(torch.device("cpu"), torch.float32, DIM)
+    part = Part(slice(0, 1), None, GROUPS, made.mask)
+    call = Call(((part, made),), dist.get_rank(group), exchange, DIM**-0.5, kernel)
     q, k, v, dout = tensors
     out, _ = RingAttention.apply(q, k, v, None, call, None)  # pyright: ignore[reportGeneralTypeIssues]
     out.backward(dout)
@@ -56,8 +59,10 @@ def ring_arm(group: dist.ProcessGroup, tensors: list[Tensor], length: int, silen
 
 def flash_arm(side: int) -> None:
     q, k, v, dout = (torch.randn(1, side, h, DIM) for h in (HEADS, GROUPS, GROUPS, HEADS))
-    out, lse = cpu.tile_forward(q, k, v, scale=DIM**-0.5, causal=True)
-    cpu.tile_backward(dout, q, k, v, out, lse, scale=DIM**-0.5, causal=True)
+    q, k, v, dout = (x.transpose(1, 2) for x in (q, k, v, dout))
+    operators, scale = torch.ops.aten, DIM**-0.5
+    out, lse = operators._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    operators._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, True, scale=scale)
 
 
 def worker(group: dist.ProcessGroup, length: int, rounds: int) -> dict[str, list[float]]:

@@ -176,7 +176,7 @@ def run(
         agree(process_group, facts, fault)
     assert length is not None
     assert kernel is not None
-    scale = scale if scale is not None else q.shape[-1] ** -0.5
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if world == 1 and isinstance(mask, Mask) and not extras.keep:
         # All tokens are here: one operator, that torch.compile and selective checkpointing know.
         heads = {"first_kv_head": first_kv_head, "total_kv_heads": total_kv_heads}

@@ -73,7 +73,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
     for number, (part, schedule) in enumerate(call.parts):
-        total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]))
+        alone = call.exchange is None
+        total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]), alone)
         _forward_part(call, number, schedule, part.take(q), part.take(k), part.take(v), total)
         part.put(out, total.out)
         part.put(lse, total.lse)

@@ -95,7 +95,7 @@ def _attend(
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
     for part, each, kernel in _calls(q, k, boundaries, mask, q_spans, k_spans, heads, backend):
-        total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]))
+        total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]), alone=out_dtype == q.dtype)
         kernel.forward(total, part.take(q), part.take(k), part.take(v), each, scale=scale)
         part.put(out, total.out)
         part.put(lse, total.lse)
@@ -210,8 +210,8 @@ def _text(mask: Mask | str) -> tuple[str, list[int] | None]:
     text = str(And(rest) if len(rest) > 1 else rest[0] if rest else Full())
     if not documents:
         return text, None
-    rows = documents[0].rows or (documents[0].boundaries,)
-    return text, [edge for row in rows for edge in row]  # pyright: ignore[reportGeneralTypeIssues]
+    rows: Any = documents[0].rows or (documents[0].boundaries,)
+    return text, [edge for row in rows for edge in row]
 
 
 def _flat(spans: Sequence[Span] | None, size: int) -> list[int]:

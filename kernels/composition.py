@@ -106,7 +106,7 @@ class Mask:
 
     def cuts(self, q_span: Span) -> tuple[Span, ...]:
         """Split ``q_span`` where the mask changes its rule (document and group edges), in order."""
-        return tuple(cut.rows for cut in cuts(self.shape, q_span))
+        return tuple(rows for rows, _, _ in cuts(self.shape, q_span))
 
     def check(self, length: int) -> None:
         """Raise ValueError if the mask does not fit a sequence of ``length`` tokens."""

@@ -8,13 +8,14 @@ the last cast (bf16 partials cost 1.4 times the error), so bf16 is widened first
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringspan.kernels.cpu_calls import flash_backward, flash_forward, run_backward, run_forward
+from ringspan.kernels.cpu_calls import NARROW, run_backward, run_forward
 from ringspan.kernels.cpu_views import Rows, add, add_keys, combine, take, take_keys
 from ringspan.kernels.span import Span, union
 from ringspan.kernels.state import Gradients, Running, Saved, accumulator
@@ -23,6 +24,7 @@ from ringspan.kernels.work import Sweep, Work
 
 NAME = "cpu"
 WHY = "torch's flash operator over rectangles, triangles and batched bands"
+CHUNK = 512  # rows of a narrow tile that are computed at once
 BUDGET = 1 << 20  # elements of queries, keys and values that a batch of tiles may hold: what stays in the caches
 
 _plans: WeakKeyDictionary[Sweep, tuple[Tiles, ...]] = WeakKeyDictionary()
@@ -34,8 +36,8 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     del head_dim
     if device.type != "cpu":
         return f"the cpu kernel takes CPU tensors, not {device.type}; take backend 'reference' or 'triton'"
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16):
-        return f"the cpu kernel has no {dtype}; cast to bfloat16 or float32, or take backend 'reference'"
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"the cpu kernel has no {dtype}; cast to bfloat16 or float32"
     return None
 
 
@@ -60,7 +62,7 @@ def single_tiles(work: Work) -> tuple[Tiles, ...] | None:
     return _singles[sweep]
 
 
-def forward(total: Running, q: Tensor, k: Tensor, v: Tensor, work: Work, *, scale: float, alone: bool = False) -> None:
+def forward(total: Running, q: Tensor, k: Tensor, v: Tensor, work: Work, *, scale: float) -> None:
     """Add the attention of ``q`` over these keys to ``total``, in place.
 
     Args:
@@ -68,11 +70,9 @@ def forward(total: Running, q: Tensor, k: Tensor, v: Tensor, work: Work, *, scal
         q: [B, M, H, D]; k, v: [B, N, G, D], H a multiple of G; their last stride is 1.
         work: which rows see which keys.
         scale: factor on the logits.
-        alone: these are all keys that the rows ever meet, and the result is cast to q's dtype: rows that meet a single
-            tile may be computed in bf16 and rounded here.
     """
     wide = accumulator(q.dtype)
-    single = single_tiles(work) if alone and q.dtype == torch.bfloat16 and total.fresh else None
+    single = single_tiles(work) if total.alone and q.dtype == torch.bfloat16 and total.fresh else None
     if single is not None:
         _forward_tiles(total, Rows(q, k.shape[2]), k, v, single, scale)
         return
@@ -120,13 +120,14 @@ def _forward_tiles(total: Running, q: Rows, k: Tensor, v: Tensor, found: Iterabl
     for tiles in found:
         shape = tiles.shape
         spans = [Span(row, row + shape.rows) for row in tiles.rows]
-        fresh = all(total.touched.find(1, *span) < 0 for span in spans)
+        fresh = all(total.touched.find(1, span.start, span.stop) < 0 for span in spans)
         for b, batch in _batches(tiles, q.plain, k):
             repeat = _repeat(shape, out)
             queries = _take_rows(q, b, batch, repeat)
             keys, values = (_take_keys(x[b], batch) for x in (k, v))
-            parts = run_forward(shape, repeat, queries, keys, values, scale)
-            combine(out[b], lse[b], batch.rows, *(_unfold(x, out, repeat) for x in parts), fresh)
+            parts = run_forward(batch.shape, repeat, queries, keys, values, scale)
+            part_out, part_lse = (_unfold(x, out, repeat) for x in parts)
+            combine(out[b], lse[b], batch.rows, part_out, part_lse, fresh)
         for span in spans:
             total.touch(span)
 
@@ -142,7 +143,7 @@ def _backward_sweep(
         for b, batch in _batches(tiles, rows[0].plain, k):
             q, out, lse, dout = (_take_rows(x, b, batch, repeat) for x in rows)
             keys, values = (_take_keys(x[b], batch) for x in (k, v))
-            found = run_backward(shape, repeat, (q, out, lse, dout), keys, values, scale)
+            found = run_backward(batch.shape, repeat, (q, out, lse, dout), keys, values, scale)
             add(dq[b], batch.rows, _unfold(found.dq, dq, repeat)[..., :dim])
             for whole, part in ((total.dk, found.dk), (total.dv, found.dv)):
                 add_keys(whole[b], batch.columns, shape.width, shape.hole, part.transpose(1, 2)[..., :dim])
@@ -154,20 +155,25 @@ def _operands(saved: Saved, groups: int) -> tuple[Rows, Rows, Rows, Rows]:
     The operator subtracts rowsum(dout * out); a gradient of lse enters as one more feature that contributes -dlse to
     that sum and nothing to the logits: dout has a 1, out has -dlse, and q, k, v have a 0.
     """
-    if "cpu" not in saved.cache:
+    cache = cast("dict[str, Any]", saved.cache)
+    if "cpu" not in cache:
         q, out, dout = (x.to(saved.lse.dtype) for x in (saved.q, saved.out, saved.dout))
         if saved.dlse is not None:
             q, dout = F.pad(q, (0, 1)), F.pad(dout, (0, 1), value=1.0)
             out = torch.cat([out, -saved.dlse.to(out.dtype).unsqueeze(-1)], -1)
-        saved.cache["cpu"] = tuple(Rows(x, groups) for x in (q, out, saved.lse, dout))
-    return saved.cache["cpu"]
+        cache["cpu"] = Rows(q, groups), Rows(out, groups), Rows(saved.lse, groups), Rows(dout, groups)
+    return cache["cpu"]
 
 
 def _batches(tiles: Tiles, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tiles]]:
     """Yield (batch rows, tiles) of single calls: one tile of all rows of the batch, or some tiles of one row."""
     shape, rows, columns = tiles
     if len(rows) == 1:
-        yield slice(0, q.shape[0]), tiles
+        # Several products pass over the rows of a narrow tile: block by block they find them in the caches.
+        size = CHUNK if shape.full and shape.keys <= NARROW else shape.rows
+        for start in range(0, shape.rows, size):
+            part = shape._replace(rows=min(size, shape.rows - start))
+            yield slice(0, q.shape[0]), Tiles(part, [rows[0] + start], columns)
         return
     size = shape.rows * q[0, 0].numel() + shape.keys * k[0, 0].numel()
     count = max(1, BUDGET // size)
@@ -197,40 +203,3 @@ def _unfold(x: Tensor, like: Tensor, repeat: int) -> Tensor:
     if repeat == 1:
         return x.unflatten(1, like.shape[2:4]).movedim(3, 1)
     return x.unflatten(2, (-1, repeat)).movedim(1, 2)
-
-
-def tile_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return (out [B, M, H, D], lse [B, M, H]) of one tile.
-
-    Args:
-        q: [B, M, H, D]; k, v: [B, N, G, D], H a multiple of G.
-        scale: factor on the logits.
-        causal: M equals N and row i sees keys 0 to i; else every row sees every key.
-    """
-    out, lse = flash_forward(_heads(q), _heads(k), _heads(v), 0.0, causal, attn_mask=None, scale=scale)
-    return out.transpose(1, 2), lse.transpose(1, 2)
-
-
-def tile_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv) of one tile, given the final out and lse of its rows over all tiles.
-
-    Args:
-        dout, out: [B, M, H, D]; lse: [B, M, H]; the rest as in ``tile_forward``.
-    """
-    operands = (_heads(x) for x in (dout, q, k, v, out, lse))
-    dq, dk, dv = flash_backward(*operands, 0.0, causal, scale=scale)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def _heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)

@@ -18,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringspan.kernels import reference
+from ringspan.kernels.mask import Causal, Full, Span
+from ringspan.kernels.state import Gradients, Running, Saved
+from ringspan.kernels.work import work
+
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -127,11 +132,11 @@ def flash_attn_3() -> Operators | None:
 @lru_cache(maxsize=64)
 def operators(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Operators | None, str]:
     """Return the fastest operators that come out right on this device, or None, and one line that names all tried."""
-    capability = torch.cuda.get_device_capability(device)
-    found = [flash_attn_3() if capability[0] == 9 else None, flash_attn_2()]
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    found = [flash_attn_3() if hopper else None, None if hopper else flash_attn_2()]
     if head_dim <= 128:
         found.append(Operators("cuDNN forward, torch's flash backward", cudnn_forward, flash_backward))
-    found.append(Operators("torch's flash operators", flash_forward, flash_backward))
+    found += [flash_attn_2() if hopper else None, Operators("torch's flash operators", flash_forward, flash_backward)]
     tried = []
     for each in filter(None, found):
         wrong = check(each, device, dtype, head_dim)
@@ -142,48 +147,39 @@ def operators(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
 
 
 def check(taken: Operators, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run a small case (grouped heads, a rectangle and a lower right causal one) against float32; return what is wrong.
+    """Run small cases with grouped heads against the reference backend; return what is wrong.
 
     A library that cannot compute here says so with an exception of its own choosing; whichever, it is not taken.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 96, 4), (2, 160, 2), (2, 160, 2), (2, 96, 4))
-    q, k, v, dout = (torch.randn(*s, head_dim, generator=generator).to(device, dtype) for s in shapes)
+    q, keys, values, dout = (torch.randn(*s, head_dim, generator=generator).to(device, dtype) for s in shapes)
     scale = head_dim**-0.5
-    for causal in (False, True):
-        truth, truth_lse = reference_rectangle(q.float(), k.float(), v.float(), scale, causal)
+    for mask, rows, columns in (
+        (Full(), Span(0, 96), Span(0, 160)),
+        (Causal(), Span(64, 160), Span(0, 160)),
+        (Causal(), Span(0, 96), Span(0, 96)),
+    ):
+        k, v = keys[:, : columns.size], values[:, : columns.size]
+        each = work(mask, (rows,), (columns,))
+        truth = Running.like(q)
+        reference.forward(truth, q, k, v, each, scale=scale)
+        exact = Gradients(*(torch.zeros(x.shape, dtype=truth.out.dtype, device=device) for x in (q, k, v)))
+        reference.backward(exact, Saved(q, truth.out, truth.lse, dout), k, v, each, scale=scale)
+        causal = mask == Causal()
         try:
             out, lse = taken.forward(q, k, v, scale=scale, causal=causal)
             grads = taken.backward(dout, q, k, v, out, lse, scale=scale, causal=causal)
         except Exception as error:  # noqa: BLE001
             return f"{type(error).__name__}: {(str(error).strip() or 'no words').splitlines()[0][:120]}"
-        exact = _reference_gradients(dout, q, k, v, scale, causal)
-        results = zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), (truth, truth_lse, *exact), strict=True)
+        results = zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), (truth.out, truth.lse, *exact), strict=True)
         for name, found, wanted in results:
-            error = (found.float() - wanted).norm() / wanted.norm()
-            if found.shape != wanted.shape or not bool(error <= 0.02):
-                return f"{name} of a small case is off by {float(error):.1e}"
+            if found.shape != wanted.shape:
+                return f"{name} of a small case has shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+            error = float((found.float() - wanted).norm() / wanted.norm())
+            if not error <= 0.02:
+                return f"{name} of a small case is off by {error:.1e}"
     return None
-
-
-def reference_rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) of the whole rectangle, dense, differentiable."""
-    share = q.shape[2] // k.shape[2]
-    logits = torch.einsum("bmhd,bnhd->bhmn", q, k.repeat_interleave(share, 2)) * scale
-    if causal:
-        rows, columns = q.shape[1], k.shape[1]
-        live = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-        logits = logits.masked_fill(~live, -torch.inf)
-    lse = logits.logsumexp(-1)
-    out = torch.einsum("bhmn,bnhd->bmhd", (logits - lse[..., None]).exp(), v.repeat_interleave(share, 2))
-    return out, lse.transpose(1, 2)
-
-
-def _reference_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Any:
-    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        out, _ = reference_rectangle(exact[0], exact[1], exact[2], scale, causal)
-        return torch.autograd.grad(out, exact, dout.float())
 
 
 @contextmanager
@@ -191,14 +187,15 @@ def repeatable() -> Iterator[None]:
     """Make torch's flash backward take its repeatable algorithm; everything is as before afterwards."""
     enabled = torch._C._get_deterministic_algorithms()
     warn_only = torch._C._get_deterministic_algorithms_warn_only()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch._C._set_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # the operator writes all it allocates
+    settings.fill_uninitialized_memory = False  # the operator writes all it allocates
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def _turn(x: Tensor) -> Tensor:

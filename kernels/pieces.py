@@ -31,18 +31,6 @@ class Rule(Protocol):
         ...
 
 
-class Place(NamedTuple):
-    """Where a piece lies, relative to the template's base.
-
-    Args:
-        document: the document's first position.
-        groups: for each mask that cuts rows into groups, in the order of the expression, the group's positions.
-    """
-
-    document: int
-    groups: tuple[Span, ...]
-
-
 class Shape(NamedTuple):
     """What cutting needs to know of a mask: its document edges, what rules within one, and what cuts that further."""
 
@@ -52,28 +40,31 @@ class Shape(NamedTuple):
     anchored: bool  # whether the rule counts from document starts
 
 
-class Cut(NamedTuple):
-    """Rows of one document and one group of each cutter, with the groups' positions."""
-
-    rows: Span
-    document: Span
-    groups: tuple[Span, ...]
+Cut = tuple[Span, Span, tuple[Span, ...]]  # rows, the document and each cutter's group that they lie in
 
 
 def pieces(shape: Shape, q_span: Span) -> tuple[Piece, ...]:
     """Return ``q_span`` cut where the mask's rule changes, each piece with its strips; see ``Mask.pieces``."""
     found: list[Piece] = []
+    near: dict[tuple[int, ...], tuple[Strip, ...]] = {}
     for rows, document, groups in cuts(shape, q_span):
         base = document.start if shape.anchored or not groups else groups[0].start
-        near = tuple(Span(group.start - base, group.stop - base) for group in groups)
-        template = _template(shape.rule, Place(document.start - base if shape.anchored else 0, near))
-        placed: list[Strip] = []
-        for first, last, *distances in template:
-            strip = Strip(max(first + base, document.start), min(last + base, document.stop), *distances)
-            if exists(strip, rows):
-                placed.append(strip)
-        found.append((rows, tuple(placed)))
+        place = (document.start - base if shape.anchored else 0, *(edge - base for group in groups for edge in group))
+        template = near.get(place)
+        if template is None:
+            template = near[place] = _template(shape.rule, place)
+        found.append((rows, tuple(_placed(template, base, document, rows))))
     return tuple(found)
+
+
+def _placed(template: tuple[Strip, ...], base: int, document: Span, rows: Span) -> Iterator[Strip]:
+    """Yield the template's strips at ``base``, cut to the document, that serve a row."""
+    start, stop = document
+    for first, last, low, high, step, offset in template:
+        first, last = first + base, last + base
+        strip = Strip(start if first < start else first, stop if last > stop else last, low, high, step, offset)
+        if exists(strip, rows):
+            yield strip
 
 
 def cuts(shape: Shape, q_span: Span) -> Iterator[Cut]:
@@ -89,22 +80,28 @@ def cuts(shape: Shape, q_span: Span) -> Iterator[Cut]:
         raise ValueError(f"mask: queries {q_span.start} to {q_span.stop} are not within 0 to {edges[-1]}")
     for number in range(bisect_right(edges, q_span.start) - 1, bisect_left(edges, q_span.stop)):
         document = Span(edges[number], edges[number + 1])
-        rows = Span(max(q_span.start, document.start), min(q_span.stop, document.stop))
+        at, end = max(q_span.start, document.start), min(q_span.stop, document.stop)
         if not shape.cutters:
-            yield Cut(rows, document, ())
+            yield Span(at, end), document, ()
             continue
-        at = rows.start
-        while at < rows.stop:
-            groups = tuple(cutter.group(at, document.start) for cutter in shape.cutters)
-            stop = min(rows.stop, *(group.stop for group in groups))
-            yield Cut(Span(at, stop), document, groups)
+        while at < end:
+            groups = tuple([cutter.group(at, document.start) for cutter in shape.cutters])
+            stop = min([end, *(group.stop for group in groups)])
+            yield Span(at, stop), document, groups
             at = stop
 
 
 @lru_cache(maxsize=4096)
-def _template(rule: Rule | None, place: Place) -> tuple[Strip, ...]:
-    """Return disjoint strips relative to a base, before the document's ends cut them."""
-    return (EVERYTHING,) if rule is None else rule.strips(place.document, iter(place.groups))
+def _template(rule: Rule | None, place: tuple[int, ...]) -> tuple[Strip, ...]:
+    """Return disjoint strips relative to a base, before the document's ends cut them.
+
+    Args:
+        rule: what holds within the document.
+        place: the document's first position, then each cutter's group: start, stop; all relative to the base.
+    """
+    if rule is None:
+        return (EVERYTHING,)
+    return rule.strips(place[0], map(Span, place[1::2], place[2::2]))
 
 
 def both(parts: Sequence[tuple[Strip, ...]]) -> tuple[Strip, ...]:

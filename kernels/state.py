@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,18 +28,21 @@ class Running:
     """Softmax results over the keys met so far: out [B, M, H, D] and lse [B, M, H]; rows without a key: 0 and -inf.
 
     ``touched`` has a byte per row, 1 where a partial result was added, so that the first is stored instead of merged.
+    ``alone`` says that a single call gives all the keys the rows ever meet, and that its result is cast to the inputs'
+    dtype in the end: a backend may then round where a row has a single partial result.
     """
 
     out: Tensor
     lse: Tensor
     touched: bytearray
+    alone: bool = False
 
     @classmethod
-    def like(cls, q: Tensor) -> Running:
+    def like(cls, q: Tensor, *, alone: bool = False) -> Running:
         """Return the empty result for queries [B, M, H, D]."""
         wide = accumulator(q.dtype)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-        return cls(torch.zeros(q.shape, dtype=wide, device=q.device), lse, bytearray(q.shape[1]))
+        return cls(torch.zeros(q.shape, dtype=wide, device=q.device), lse, bytearray(q.shape[1]), alone)
 
     @property
     def fresh(self) -> bool:
@@ -83,9 +86,7 @@ class Saved:
     lse: Tensor
     dout: Tensor
     dlse: Tensor | None = None
-    cache: dict[str, Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # a backend's own prepared operands
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # a backend's own prepared operands
 
     @cached_property
     def delta(self) -> Tensor:

@@ -27,6 +27,7 @@ from ringspan.kernels.triton_source import INTERPRETED, block_width
 from ringspan.kernels.work import Sweep, Work
 
 NAME = "triton"
+WHY = "fused kernels over runs of full and masked blocks"
 DEFAULT = Options()
 
 

@@ -160,24 +160,11 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     if not out.is_contiguous() and out.stride(-1) != 1 and dim > 1:
         raise ValueError("the running out must have a contiguous last dimension")
     part_out = part_out if part_out.stride(-1) == 1 or dim == 1 else part_out.contiguous()
+    tensors = (out, lse, part_out, part_lse)
     steps = [*out.stride()[:3], *lse.stride(), *part_out.stride()[:3], *part_lse.stride()]
     if out.numel():
         with torch.cuda.device_of(out):
-            _run(
-                _merge_kernel,
-                rows,
-                batch * heads,
-                out,
-                lse,
-                part_out,
-                part_lse,
-                *steps,
-                rows,
-                heads,
-                dim,
-                _width(dim),
-                _BLOCK,
-            )
+            _run(_merge_kernel, rows, batch * heads, *tensors, *steps, rows, heads, dim, _width(dim), _BLOCK)
 
 
 def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,25 +177,11 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     batch, rows, heads, dim = _fp32(out, lse)
     out = out if out.stride(-1) == 1 or dim == 1 else out.contiguous()
     joined, joined_lse = out.new_empty(out.shape), lse.new_empty(lse.shape)
+    tensors = (out, lse, sinks.float().contiguous(), joined, joined_lse)
     steps = [*out.stride()[:3], *lse.stride()]
     if out.numel():
         with torch.cuda.device_of(out):
-            _run(
-                _join_kernel,
-                rows,
-                batch * heads,
-                out,
-                lse,
-                sinks.float().contiguous(),
-                joined,
-                joined_lse,
-                *steps,
-                rows,
-                heads,
-                dim,
-                _width(dim),
-                _BLOCK,
-            )
+            _run(_join_kernel, rows, batch * heads, *tensors, *steps, rows, heads, dim, _width(dim), _BLOCK)
     return joined, joined_lse
 
 

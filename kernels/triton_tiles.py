@@ -1,8 +1,9 @@
 """Which tile each Triton kernel uses, by architecture, head dimension and element size; and finding a better one.
 
 A table, not a tuner at run time: two runs use the same tiles and round alike. ``tune`` measures on request and returns
-a new table. The entries compile without spills for sm_80 and sm_90 (benchmarks/codegen.py holds them to it); those
-for 8 fit the 99 KiB of shared memory that every GPU since sm_80 has.
+a new table. The 16-bit entries compile without spills for sm_80 and sm_90 on the plain grid (benchmarks/codegen.py
+holds them to it); those for 8 fit the 99 KiB of shared memory that every GPU since sm_80 has. fp32 is multiplied
+exactly, without tensor cores: its entries are for correctness, and spill above a head dimension of 128.
 """
 
 from __future__ import annotations
@@ -92,15 +93,24 @@ _COMPILED = (
     (9, 64, 2, "keys", Tile(64, 128, 8, 2, 1, True)),
     (9, 128, 2, "forward", Tile(128, 128, 8, 2, 1, True)),
     (9, 128, 2, "query", Tile(128, 64, 8, 2, 1, True)),
-    (9, 128, 2, "keys", Tile(64, 128, 8, 2)),
+    (9, 128, 2, "keys", Tile(32, 128, 8, 2)),
     (9, 256, 2, "forward", Tile(128, 64, 8, 2, 1, True)),
     (9, 256, 2, "query", Tile(64, 64, 8, 2, 1, True)),
     (9, 256, 2, "keys", Tile(32, 64, 8, 2, 1, True)),
     *(
-        (major, width, 4, kernel, Tile(32, 32, 4, 1))
+        (major, width, 4, kernel, tile)
         for major in (8, 9)
-        for width in (64, 128, 256)
-        for kernel in ("forward", "query", "keys")
+        for width, kernel, tile in (
+            (64, "forward", Tile(32, 32, 4, 1)),
+            (64, "query", Tile(32, 32, 8, 1)),
+            (64, "keys", Tile(32, 32, 8, 1)),
+            (128, "forward", Tile(16, 32, 8, 1)),
+            (128, "query", Tile(16, 16, 8, 1)),
+            (128, "keys", Tile(16, 16, 8, 1)),
+            (256, "forward", Tile(16, 16, 8, 1)),
+            (256, "query", Tile(16, 16, 8, 1)),
+            (256, "keys", Tile(16, 16, 8, 1)),
+        )
     ),
 )  # fmt: skip
 

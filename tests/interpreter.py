@@ -54,6 +54,8 @@ def as_hardware() -> Iterator[None]:
     plain_dot, plain_cast = builder.create_dot, builder.cast_impl
     function: Any = interpreter.InterpretedFunction
     plain_call = function.__call__
+    module: Any = interpreter
+    plain_patch = module._patch_lang_tensor
 
     def dot(self, a, b, d, precision, imprecise):
         if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
@@ -75,7 +77,12 @@ def as_hardware() -> Iterator[None]:
             return self.rewrite()(*args, **kwargs)
         return plain_call(self, *args, **kwargs)
 
+    def patch(tensor, scope):
+        plain_patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # Triton 3.6 asks numpy 2.4 for what it refuses
+
     builder.create_dot, builder.cast_impl = dot, cast
+    module._patch_lang_tensor = patch
     function.__call__ = call
     try:
         with np.errstate(all="ignore"):
@@ -83,6 +90,7 @@ def as_hardware() -> Iterator[None]:
     finally:
         builder.create_dot, builder.cast_impl = plain_dot, plain_cast
         function.__call__ = plain_call
+        module._patch_lang_tensor = plain_patch
 
 
 @contextmanager

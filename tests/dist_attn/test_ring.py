@@ -102,8 +102,9 @@ def covering() -> list[Case]:
 
 
 def full_product() -> list[Case]:
+    masks = [f"{name}{end}" for name in PATTERNS for end in ("", " documents")]
     values = product(
-        (1, 2, 3, 4), LAYOUTS, [f"{name}{end}" for name in PATTERNS for end in ("", " documents")], ("float64", "float32"),
+        (1, 2, 3, 4), LAYOUTS, masks, ("float64", "float32"),
         (5, 130), ((4, 4), (8, 2), (4, 1)), (32,), (False, True), (False, True),
     )  # fmt: skip
     return [Case(*row) for row in values]

@@ -56,7 +56,7 @@ def test_the_kernels_compile_as_committed() -> None:
         ({"full_tile_instructions": 358}, "358 instructions per full tile, committed 340"),
         ({"full_tile_instructions": 320}, "more than 5 % apart"),
         ({"spill_load_bytes": 4}, "spills 4 bytes"),
-        ({"masked_tile_local_memory": 1}, "1 accesses in loops"),
+        ({"spill_store_bytes": 4, "masked_tile_local_memory": 1}, "1 accesses in its loops"),
         ({"shared_bytes": (227 << 10) + 1}, "shared memory"),
         ({"hgmma": 0}, "tensor cores"),
         ({"full_tile_tensor": 0}, "tensor cores"),
@@ -75,11 +75,13 @@ def test_the_smaller_gpu_has_a_smaller_limit_and_no_hgmma() -> None:
     assert ["shared memory" in fault for fault in faults] == [True]
 
 
-def test_a_variant_may_spill_outside_of_its_loops() -> None:
-    name = f"{NAME} persistent"
-    assert codegen.judge({name: {**GOOD, "spill_load_bytes": 4}}, None) == []
-    faults = codegen.judge({name: {**GOOD, "spill_load_bytes": 4, "full_tile_local_memory": 2}}, None)
-    assert ["2 accesses in loops" in fault for fault in faults] == [True]
+def test_a_variant_may_spill_outside_of_its_loops_and_no_more_in_them_than_before() -> None:
+    name, spilling = f"{NAME} persistent", {**GOOD, "spill_load_bytes": 4}
+    assert codegen.judge({name: spilling}, {name: GOOD}) == []
+    worse = {**spilling, "full_tile_local_memory": 2}
+    assert codegen.judge({name: worse}, {name: worse}) == []
+    faults = codegen.judge({name: {**spilling, "full_tile_local_memory": 3}}, {name: worse})
+    assert ["3 accesses in its loops" in fault for fault in faults] == [True]
 
 
 def test_a_case_without_a_committed_figure_is_a_fault() -> None:

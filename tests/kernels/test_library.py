@@ -50,7 +50,9 @@ def dense_operators() -> Operators:
     """What a library computes: whole rectangles, delta from dout and out, results in the inputs' dtype."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        out, lse = library_ops.reference_rectangle(q.double(), k.double(), v.double(), scale, causal)
+        table = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        table = table.tril(k.shape[1] - q.shape[1]) if causal else table
+        out, lse = attention(q.double(), k.double(), v.double(), table, scale=scale)
         return rounding(out, like=q)[0], lse.float()
 
     def backward(
@@ -105,9 +107,9 @@ def test_what_would_be_rounded_twice_or_is_no_rectangle_is_not_served(name: str)
     mask, queries, keys, why = REFUSED[name]
     each = work(mask, queries, keys)
     assert why in (library.serves(each, torch.bfloat16) or "served")
-    total = Running.like(torch.zeros(1, each.rows, 1, 8))
+    x = torch.zeros(1, 63, 1, 8)
     with pytest.raises(ValueError, match=why):
-        library.forward(total, *(torch.zeros(1, 1, 1, 8),) * 3, each, scale=1.0, taken=dense_operators())
+        library.forward(Running.like(x), x, x, x, each, scale=1.0, taken=dense_operators())
 
 
 def test_only_half_precision_and_worthwhile_calls_are_served() -> None:
@@ -133,7 +135,7 @@ def test_results_and_gradients_match_float64(name: str, with_dlse: bool, dtype: 
     q, k, v, dout = random(each.rows, 4), random(each.columns, 2), random(each.columns, 2), random(each.rows, 4)
     dlse = torch.randn(2, each.rows, 4, generator=generator, dtype=torch.float64)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    out_truth, lse_truth = attention(*exact, table_of(each), scale=0.3)
+    out_truth, lse_truth = attention(exact[0], exact[1], exact[2], table_of(each), scale=0.3)
     live = lse_truth > -torch.inf
     dlse = torch.where(live, dlse, 0) if with_dlse else None
     objective = (out_truth * dout.double()).sum()
@@ -217,7 +219,7 @@ def test_the_backward_asks_for_the_repeatable_algorithm_and_leaves_no_trace() ->
             lse = torch.empty(1, 16, 2, device="meta")
             library_ops.flash_backward(x, x, x, x, x, lse, scale=0.1, causal=True)
         assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [(True, False, (0.0, True))]
@@ -251,6 +253,12 @@ def test_an_operator_that_comes_out_wrong_is_not_taken(part: str) -> None:
         "raises": (replace(right, forward=raises), "RuntimeError: No available kernel."),
     }[part]
     assert said in (library_ops.check(wrong, torch.device("cpu"), torch.bfloat16, 16) or "taken")
+
+
+def test_the_check_needs_no_autograd() -> None:
+    """It runs within a custom operator, where nothing is recorded."""
+    with torch._C._AutoDispatchBelowAutograd():
+        assert library_ops.check(dense_operators(), torch.device("cpu"), torch.bfloat16, 16) is None
 
 
 def test_refusals_name_the_reason_and_the_remedy() -> None:

@@ -74,6 +74,9 @@ def test_joins_what_is_one_strip() -> None:
     assert join([Strip(0, 4), Strip(4, 9)]) == (Strip(0, 9),)
     assert join([Strip(0, 4), Strip(5, 9)]) == (Strip(0, 4), Strip(5, 9))
     assert join([Strip(0, 9, -4, 0), Strip(0, 9, 0, 3)]) == (Strip(0, 9, -4, 3),)
+    assert join([Strip(0, 9, -4, 0), Strip(0, 9, 1, 3)]) == (Strip(0, 9, -4, 0), Strip(0, 9, 1, 3))
+    apart = (Strip(0, 9, -8, -5, 2, 0), Strip(0, 9, -2, 1, 2, 0))
+    assert join(apart) == apart
     assert join([Strip(0, 9, -4, -3, 2, 0), Strip(0, 9, -2, 1, 2, 0)]) == (Strip(0, 9, -4, 1, 2, 0),)
     assert join([Strip(0, 9, -8, 1, 2, 0), Strip(0, 9, -8, 1, 4, 2)]) == (Strip(0, 9, -8, 1, 2, 0),)
     assert join([Strip(0, 4), EVERYTHING, Strip(6, 9)]) == (EVERYTHING,)

@@ -12,6 +12,7 @@ from tables import TableSweep, TableWork, Truth, truth, work_of
 from torch import Tensor
 
 from dense import relative_rms
+from ringspan.kernels import triton_launch
 from ringspan.kernels.merge import join_sinks
 from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.triton_launch import Options, tile_of
@@ -230,6 +231,20 @@ def test_bitwise_the_same_again_and_with_every_way_to_run() -> None:
         if triton_attention.INTERPRETED or options.descriptors is None:
             found = inputs.backward(saved, work, options=options)
             assert all(torch.equal(bits(a), bits(b)) for a, b in zip(gradients, found, strict=True))
+
+
+def test_heads_that_run_in_turns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six batch rows and heads, four side by side, then the other two."""
+    inputs = Inputs(table_of("causal", 70, 70), 3, 3, 16, FP32, batch=2)
+    work = work_of(inputs.table)
+    before = inputs.forward(work)
+    saved = inputs.saved(before)
+    gradients = inputs.backward(saved, work)
+    monkeypatch.setattr(triton_launch, "CACHE", 4 * 2 * 70 * 16 * 4)
+    after = inputs.forward(work)
+    assert torch.equal(bits(after.out), bits(before.out))
+    found = inputs.backward(saved, work)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(gradients, found, strict=True))
 
 
 @pytest.mark.skipif(not triton_attention.INTERPRETED, reason="counts the interpreter's matmuls")

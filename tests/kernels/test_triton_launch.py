@@ -18,6 +18,7 @@ from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.triton_launch import Options, describable, descriptor, tile_of
 from ringspan.kernels.triton_source import INTERPRETED, KERNELS, constants, source
 from ringspan.kernels.triton_tiles import TILES, Tile, key, tune
+from ringspan.kernels.triton_tune import tuned
 from ringspan.kernels.work import work
 
 
@@ -196,6 +197,20 @@ def test_a_tuned_table_is_used() -> None:
     triton_attention.forward(total, q, q, q, here, scale=0.25, options=options)
     out = truth(q, q, q, torch.ones(40, 40).bool(), q, torch.zeros(1, 40, 1), 0.25).out
     assert relative_rms(total.out.cpu(), out) <= 2e-6
+
+
+def test_tuning_on_operands_times_every_kernel_and_keeps_what_it_does_not_measure() -> None:
+    q, here = normal(1, 20, 1, 16), work_of(torch.ones(20, 20, dtype=torch.bool))
+    small, times = Tile(16, 16, 4, 1), iter([2.0, 1.0] * 3)
+
+    def bench(call) -> float:
+        call()
+        return next(times)
+
+    tiles = tuned(q, q, q, here, scale=0.25, candidates=[small], bench=bench)
+    changed = {one.kernel: tile for one, tile in tiles.table.items() if tile != TILES[one]}
+    assert changed == dict.fromkeys(("forward", "query", "keys"), small)
+    assert sum(tile != TILES[one] for one, tile in tiles.table.items()) == 3
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
