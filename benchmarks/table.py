@@ -30,6 +30,20 @@ def rows() -> list[tuple[str, str, str]]:
             (what + "ring of 2 CPU ranks / torch's flash operator, equal area", f"{flash:.2f}", command),
             ("bytes received / lower bound, the same", f"{ring['received_over_bound']:.3f}", command),
         ]
+    if sparse := load("cpu_attention"):
+        command = "`python benchmarks/cpu_attention.py`"
+        for name, arm in sparse["sparse_float32"].items():
+            if name != "causal":
+                length = sparse["length"] // 1024
+                what = f"CPU, {name} at {length}K, forward + backward: time over live area / dense causal's"
+                found.append((what, f"{arm['time_over_area']:.2f}", command))
+        bf16, error = sparse["bf16_forward"], sparse["bf16_error"]
+        what = f"CPU, bf16 causal forward at {sparse['bf16_length'] // 1024}K, torch's SDPA / ours"
+        found += [
+            (f"{what}, rows that meet one tile (torch's operator itself)", f"{bf16['torch_over_alone']:.2f}", command),
+            (f"{what}, summed in fp32 (documents and rings)", f"{bf16['torch_over_partial']:.2f}", command),
+            ("the same, error of the result over SDPA's", f"{error['partial_cast'] / error['torch']:.2f}", command),
+        ]
     if demo := load("demo_ranks"):
         command = "`python benchmarks/demo_ranks.py`"
         speeds, memory = demo["tokens_per_second"], demo["peak_gib"]
