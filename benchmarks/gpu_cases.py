@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ringspan.kernels.heads import by_head, s2_attention
 from ringspan.kernels.mask import Causal, Documents, Mask, Sinks, Span, Window
+from ringspan.kernels.masks.heads import by_head, s2_attention
 
 K = 1024
 

@@ -20,8 +20,8 @@ from gpu_clock import Clock
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ringspan.kernels.heads import by_head
 from ringspan.kernels.mask import And, Documents
+from ringspan.kernels.masks.heads import by_head
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 FLEX_LIMIT = 256 * K  # create_block_mask walks all pairs: at 1M tokens it takes longer than the attention it serves

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringspan.kernels.expression import parse
 from ringspan.kernels.mask import And, Causal, Documents, Full, Mask, Span
+from ringspan.kernels.masks.expression import parse
 from ringspan.kernels.merge import join_sinks, sinks_gradient
 from ringspan.kernels.parts import Part, parts_of
 from ringspan.kernels.select import Backend, select

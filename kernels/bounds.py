@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringspan.kernels.span import END, Span
-from ringspan.kernels.strips import Strip
+from ringspan.kernels.masks.span import END, Span
+from ringspan.kernels.masks.strips import Strip
 
 _FEW = 8  # spans up to which a sum over them is faster than a search
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ringspan.kernels.cpu_calls import NARROW, run_backward, run_forward
 from ringspan.kernels.cpu_views import Rows, add, add_keys, combine, take, take_keys
-from ringspan.kernels.span import Span, union
+from ringspan.kernels.masks.span import Span, union
 from ringspan.kernels.state import Gradients, Running, Saved, accumulator
 from ringspan.kernels.tiles import Shape, Tiles, tiles_of
 from ringspan.kernels.work import Sweep, Work

@@ -12,8 +12,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from ringspan.kernels.masks.span import Span
 from ringspan.kernels.merge import merge
-from ringspan.kernels.span import Span
 
 
 class Rows:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringspan.kernels import library_ops
 from ringspan.kernels.library_ops import Operators
-from ringspan.kernels.span import Span
+from ringspan.kernels.masks.span import Span
 from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.work import Item, Work
 

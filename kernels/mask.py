@@ -1,17 +1,17 @@
 """Masks as values: which keys a query may see. All of them, and what takes them apart, under one name.
 
-A position is a token's index in the global sequence; a ``Span`` is half-open, ``[start, stop)``. How masks compose is
-in ``composition.py``, how they are written in ``expression.py``, how they become intervals in ``pieces.py`` and
-``strips.py``.
+Letters: a position is a token's index in the global sequence; a ``Span`` is half-open, ``[start, stop)``. In ``masks``:
+how they compose (``composition.py``), how they are written (``expression.py``), how they become intervals
+(``pieces.py``, ``strips.py``).
 """
 
-from ringspan.kernels.composition import And, Mask, Or
-from ringspan.kernels.documents import Documents, batch_rows, of_row, row_count
-from ringspan.kernels.expression import parse
-from ringspan.kernels.heads import Interleaved, PerHead, by_head, s2_attention, sf_attention
-from ringspan.kernels.patterns import Causal, Dilated, Full, Groups, Sinks, Window
-from ringspan.kernels.span import END, Span, overlap, union
-from ringspan.kernels.strips import Strip
+from ringspan.kernels.masks.composition import And, Mask, Or
+from ringspan.kernels.masks.documents import Documents, batch_rows, of_row, row_count
+from ringspan.kernels.masks.expression import parse
+from ringspan.kernels.masks.heads import Interleaved, PerHead, by_head, s2_attention, sf_attention
+from ringspan.kernels.masks.patterns import Causal, Dilated, Full, Groups, Sinks, Window
+from ringspan.kernels.masks.span import END, Span, overlap, union
+from ringspan.kernels.masks.strips import Strip
 
 __all__ = [
     "END",

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ringspan.kernels.span import END, Span
-from ringspan.kernels.strips import Strip
+from ringspan.kernels.masks.span import END, Span
+from ringspan.kernels.masks.strips import Strip
 
 BLOCK = 256  # rows of a full tile beside an edge
 STEP = 64  # rows of a tile along an edge

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringspan.kernels.span import Span
+from ringspan.kernels.masks.span import Span
 from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.triton_launch import (
     LOG2E,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ringspan.kernels.bounds import Class, Piece, Side, bounds_of
 from ringspan.kernels.mask import Mask
+from ringspan.kernels.masks.span import END, Span
+from ringspan.kernels.masks.strips import Strip
 from ringspan.kernels.runs import Runs, runs_of
-from ringspan.kernels.span import END, Span
-from ringspan.kernels.strips import Strip
 
 
 class Item(NamedTuple):

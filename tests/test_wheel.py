@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = [name.split(".")[1] for name in PROJECT["tool"]["setuptools"]["packages"]]
+FOLDERS = sorted({name.split(".")[1] for name in PROJECT["tool"]["setuptools"]["packages"]})
 # Nothing of the caller's that could lead Python to the checkout.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 

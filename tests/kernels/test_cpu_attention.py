@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dense import attention, relative_rms
 from ringspan.kernels import cpu, reference, tiles
 from ringspan.kernels.mask import Causal, Dilated, Documents, Full, Groups, Mask, Sinks, Window
+from ringspan.kernels.masks.span import Span
 from ringspan.kernels.merge import join_sinks
-from ringspan.kernels.span import Span
 from ringspan.kernels.state import Gradients, Running, Saved, accumulator
 from ringspan.kernels.work import Work
 

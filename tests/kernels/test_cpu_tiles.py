@@ -7,8 +7,8 @@ import torch
 
 from ringspan.kernels import cpu, tiles
 from ringspan.kernels.mask import Causal, Documents, Full, Groups, Mask, Sinks, Window
-from ringspan.kernels.span import END, Span
-from ringspan.kernels.strips import Strip
+from ringspan.kernels.masks.span import END, Span
+from ringspan.kernels.masks.strips import Strip
 from ringspan.kernels.tiles import Tiles, canonical, join, tiles_of
 from ringspan.kernels.work import Work
 

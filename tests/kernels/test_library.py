@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense import attention, relative_rms
 from ringspan.kernels import library, library_ops
-from ringspan.kernels.heads import s2_attention
 from ringspan.kernels.library_ops import Operators
 from ringspan.kernels.mask import Causal, Dilated, Documents, Full, Groups, Mask, Sinks, Span, Window
+from ringspan.kernels.masks.heads import s2_attention
 from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.work import Work, work
 

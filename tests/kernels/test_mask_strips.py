@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringspan.kernels import measure
-from ringspan.kernels.span import END, Span, gaps
-from ringspan.kernels.strips import EVERYTHING, Strip, intersect, join, meet, subtract, tidy, unite
+from ringspan.kernels.masks import measure
+from ringspan.kernels.masks.span import END, Span, gaps
+from ringspan.kernels.masks.strips import EVERYTHING, Strip, intersect, join, meet, subtract, tidy, unite
 
 SIZE = 16
 ROW, KEY = torch.arange(SIZE)[:, None], torch.arange(SIZE)[None, :]

@@ -13,7 +13,7 @@ from tables import truth, work_of
 
 from dense import relative_rms
 from ringspan.kernels.mask import Causal, Dilated, Documents, Mask, Sinks, Window
-from ringspan.kernels.span import Span
+from ringspan.kernels.masks.span import Span
 from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.triton_launch import Options, describable, descriptor, tile_of
 from ringspan.kernels.triton_source import INTERPRETED, KERNELS, constants, source

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ringspan.kernels.span import END, Span, gaps, union
-from ringspan.kernels.strips import Strip, aligned, subtract
+from ringspan.kernels.masks.span import END, Span, gaps, union
+from ringspan.kernels.masks.strips import Strip, aligned, subtract
 
 
 def exists(strip: Strip, q_span: Span) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from ringspan.kernels.measure import exists
-from ringspan.kernels.span import Span
-from ringspan.kernels.strips import EVERYTHING, Strip, meet, unite
+from ringspan.kernels.masks.measure import exists
+from ringspan.kernels.masks.span import Span
+from ringspan.kernels.masks.strips import EVERYTHING, Strip, meet, unite
 
 Piece = tuple[Span, tuple[Strip, ...]]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 from typing import NamedTuple
 
-from ringspan.kernels.span import END
+from ringspan.kernels.masks.span import END
 
 
 class Strip(NamedTuple):

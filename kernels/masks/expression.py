@@ -12,10 +12,10 @@ import inspect
 import re
 from collections.abc import Callable
 
-from ringspan.kernels.composition import And, Mask, Or
-from ringspan.kernels.documents import Documents
-from ringspan.kernels.heads import PerHead, s2_attention, sf_attention
-from ringspan.kernels.patterns import Causal, Dilated, Full, Groups, Sinks, Window
+from ringspan.kernels.masks.composition import And, Mask, Or
+from ringspan.kernels.masks.documents import Documents
+from ringspan.kernels.masks.heads import PerHead, s2_attention, sf_attention
+from ringspan.kernels.masks.patterns import Causal, Dilated, Full, Groups, Sinks, Window
 
 LENGTH = 1 << 20  # characters of a mask's text: a hundred thousand boundaries
 DEPTH = 32  # brackets within brackets

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ringspan.kernels.composition import Mask
-from ringspan.kernels.span import END, Span
-from ringspan.kernels.strips import EVERYTHING, Strip, tidy
+from ringspan.kernels.masks.composition import Mask
+from ringspan.kernels.masks.span import END, Span
+from ringspan.kernels.masks.strips import EVERYTHING, Strip, tidy
 
 
 @dataclass(frozen=True, repr=False)

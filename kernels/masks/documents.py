@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ringspan.kernels.composition import And, Mask, Packing
-from ringspan.kernels.span import Span
-from ringspan.kernels.strips import EVERYTHING, Strip
+from ringspan.kernels.masks.composition import And, Mask, Packing
+from ringspan.kernels.masks.span import Span
+from ringspan.kernels.masks.strips import EVERYTHING, Strip
 
 
 @dataclass(frozen=True, init=False, repr=False)

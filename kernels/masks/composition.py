@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ringspan.kernels import measure
-from ringspan.kernels.pieces import Piece, Shape, both, cuts, either, pieces
-from ringspan.kernels.span import END, Span, overlap, union
-from ringspan.kernels.strips import Strip
+from ringspan.kernels.masks import measure
+from ringspan.kernels.masks.pieces import Piece, Shape, both, cuts, either, pieces
+from ringspan.kernels.masks.span import END, Span, overlap, union
+from ringspan.kernels.masks.strips import Strip
 
 WALK = 1 << 16  # rows after which the question whether a mask is causal is given up, and answered no
 

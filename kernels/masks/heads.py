@@ -15,8 +15,8 @@ from math import ceil
 
 from typing_extensions import override
 
-from ringspan.kernels.composition import Mask
-from ringspan.kernels.patterns import Causal, Groups, Sinks, whole
+from ringspan.kernels.masks.composition import Mask
+from ringspan.kernels.masks.patterns import Causal, Groups, Sinks, whole
 
 
 class _ByHead(Mask):
