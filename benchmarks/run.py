@@ -13,7 +13,7 @@ RESULTS = HERE / "results"
 
 def main() -> int:
     RESULTS.mkdir(exist_ok=True)
-    for name in ("ring_cpu", "cpu_attention", "demo_ranks"):
+    for name in ("ring_cpu", "cpu_attention", "block_ranges", "demo_ranks"):
         print(f"benchmark {name}", flush=True)
         subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--out", str(RESULTS / f"{name}.json")], check=True)
     evaluation = Path("runs/demo/evaluation.json")

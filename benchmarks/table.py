@@ -30,6 +30,11 @@ def rows() -> list[tuple[str, str, str]]:
             (what + "ring of 2 CPU ranks / torch's flash operator, equal area", f"{flash:.2f}", command),
             ("bytes received / lower bound, the same", f"{ring['received_over_bound']:.3f}", command),
         ]
+    if ranges := load("block_ranges"):
+        figure = ", ".join(f"{arm['milliseconds']:.0f}" for arm in ranges["documents"].values())
+        counts = ", ".join(ranges["documents"])
+        what = f"block runs of {ranges['length'] >> 20}M tokens, window and sinks, {counts} documents, ms"
+        found.append((what, figure, "`python benchmarks/block_ranges.py`"))
     if sparse := load("cpu_attention"):
         command = "`python benchmarks/cpu_attention.py`"
         for name, arm in sparse["sparse_float32"].items():

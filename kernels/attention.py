@@ -53,7 +53,7 @@ def attend(
         boundaries: document boundaries as an int64 tensor (rows of a batch one after the other), in place of a
             Documents in ``mask``.
         backend: "auto", or the name of the kernel to take: see ``kernels.select``.
-        out_dtype: of out; None: fp32 (fp64 for fp64).
+        out_dtype: of out; None: fp32 (fp64 for fp64). With q's own, a kernel that rounds its result may be taken.
 
     Returns:
         out [B, M, H, D] and lse [B, M, H] (natural log, fp32, fp64 for fp64); 0 and -inf for a row without keys.
@@ -94,7 +94,7 @@ def _attend(
     wide = accumulator(q.dtype)
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-    for part, each, kernel in _calls(q, k, boundaries, mask, q_spans, k_spans, heads, backend):
+    for part, each, kernel in _calls(q, k, boundaries, mask, q_spans, k_spans, heads, backend, out_dtype == q.dtype):
         total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]), alone=out_dtype == q.dtype)
         kernel.forward(total, part.take(q), part.take(k), part.take(v), each, scale=scale)
         part.put(out, total.out)
@@ -125,7 +125,7 @@ def _attend_backward(
     wide = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     saved = Saved(q, out, lse, dout, dlse)
-    for part, each, kernel in _calls(q, k, boundaries, mask, q_spans, k_spans, heads, backend):
+    for part, each, kernel in _calls(q, k, boundaries, mask, q_spans, k_spans, heads, backend, out.dtype == q.dtype):
         total = Gradients(*(part.take(x) for x in (dq, dk, dv)))
         kernel.backward(total, saved.part(part), part.take(k), part.take(v), each, scale=scale)
         for whole, piece in zip((dq, dk, dv), total, strict=True):
@@ -180,12 +180,14 @@ def _calls(
     k_spans: Sequence[int],
     heads: Sequence[int],
     backend: str,
+    rounded: bool,
 ) -> list[tuple[Part, Work, Backend]]:
+    """Take a call apart; ``rounded``: the result leaves in the inputs' dtype, so a kernel that rounds it may serve."""
     edges = None if boundaries is None else tuple(boundaries.tolist())
     calls = []
     for part in parts_of(_mask(mask, edges), q.shape[0], k.shape[2], *heads):
         each = work(part.mask, _spans(q_spans), _spans(k_spans))
-        kernel = select(q.device, q.dtype, q.shape[3], backend=backend, alone=each)
+        kernel = select(q.device, q.dtype, q.shape[3], backend=backend, alone=each if rounded else None)
         calls.append((part, each, kernel))
     return calls
 

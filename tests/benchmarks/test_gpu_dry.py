@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_record
+import gpu_table
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, which no package holds
-import gpu_record  # noqa: E402  # pyright: ignore[reportMissingImports]
-import gpu_table  # noqa: E402  # pyright: ignore[reportMissingImports]
-
 MISSING_THERE = ("pydantic", "datasets", "torchdata", "wandb")
 # What only a device or an installed library can do: (operator or key, words of the reason).
 MAY_BE_SKIPPED = {

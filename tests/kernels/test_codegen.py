@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import codegen
+import codegen_compile
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # the gate's own modules, which no package holds
-import codegen  # noqa: E402  # pyright: ignore[reportMissingImports]
-import codegen_compile  # noqa: E402  # pyright: ignore[reportMissingImports]
-
 RESULTS = ROOT / "benchmarks" / "results" / "codegen.json"
 GOOD: dict[str, Any] = {
     "tile": "128x64, 8 warps, 2 stages",
