@@ -203,9 +203,9 @@ def _mask(text: str, edges: tuple[int, ...] | None) -> Mask:
 
 
 def _text(mask: Mask | str) -> tuple[str, list[int] | None]:
-    """Split a mask into its text without documents, and the boundaries one row after the other."""
+    """Split a mask into its text without documents, and the boundaries one row after the other; a text stays whole."""
     if isinstance(mask, str):
-        mask = parse(mask)
+        return mask, None
     parts = mask.parts if isinstance(mask, And) else (mask,)
     rest = tuple(part for part in parts if not isinstance(part, Documents))
     documents = [part for part in parts if isinstance(part, Documents)]

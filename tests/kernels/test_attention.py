@@ -130,6 +130,16 @@ def test_compiles_as_one_graph_and_another_packing_compiles_nothing() -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("mask", [Causal() & Window(3), "causal & window(3)"], ids=["value", "text"])
+def test_the_python_call_compiles_as_one_graph_too(mask: Mask | str) -> None:
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask=mask)[0].sin()
+
+    given = tensors(24, 24, torch.float32)
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(*given)
+    assert torch.equal(found, layer(*given))
+
+
 def test_aot_autograd_traces_forward_and_backward() -> None:
     q, k, v = tensors(24, 24, torch.float32)
     sinks = SINKS.float().requires_grad_()
