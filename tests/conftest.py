@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.util import find_spec
 
 import pytest
+
+if find_spec("triton") is not None:
+    # First of all: transformers imports triton too, and what was read without a GPU to be compiled is not interpreted.
+    import interpreter  # noqa: F401
 
 # A tool's name: the program that shows it is there, and the Debian package that brings it.
 TOOLS = {

@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TIMEOUT_S = 600
+CONTROL_TIMEOUT_S = 2400  # of all the patches' tests together
 
 
 def copy_tree(target: Path) -> None:
@@ -63,7 +64,7 @@ def run_tests(tests: list[str], patch: Path | None) -> tuple[int, str]:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(timeout=TIMEOUT_S)
+            said, _ = process.communicate(timeout=CONTROL_TIMEOUT_S if patch is None else TIMEOUT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.communicate()
