@@ -79,8 +79,8 @@ def verdict(patch: Path) -> str:
         return "SURVIVED: the tests pass with it"
     if code == -2:
         return f"the patch does not apply: {said}"
-    # Failed tests notice the mutant, and so does a suite that hangs; another code is no verdict.
-    return "" if code in (1, -1) else f"pytest ended with {code}: {said}"
+    # Failed tests notice the mutant, and so does a suite that hangs or crashes; another code is no verdict.
+    return "" if code in (1, -1, -11) else f"pytest ended with {code}: {said}"
 
 
 def main() -> int:
