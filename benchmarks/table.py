@@ -46,7 +46,7 @@ def rows() -> list[tuple[str, str, str]]:
         what = f"CPU, bf16 causal forward at {sparse['bf16_length'] // 1024}K, torch's SDPA / ours"
         found += [
             (f"{what}, rows that meet one tile (torch's operator itself)", f"{bf16['torch_over_alone']:.2f}", command),
-            (f"{what}, summed in fp32 (documents and rings)", f"{bf16['torch_over_partial']:.2f}", command),
+            (f"{what}, summed in fp32 (windows, rings)", f"{bf16['torch_over_partial']:.2f}", command),
             ("the same, error of the result over SDPA's", f"{error['partial_cast'] / error['torch']:.2f}", command),
         ]
     if demo := load("demo_ranks"):
