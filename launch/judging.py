@@ -102,7 +102,8 @@ class Evaluation:
         ranks = f"{self._place.world} rank{'s' if self._place.world > 1 else ''}"
         kind = judge.trained.base.config.model_type
         return (
-            f"{kind} {parameters:.1f} M, {self._config.data.seq_length} tokens over {ranks}, causal & documents, ring"
+            f"{kind} {parameters:.1f} M, {self._config.data.seq_length} tokens over {ranks}, "
+            f"{self._config.attention.mask or 'causal'} & documents, ring"
         )
 
     def _read_file(self) -> dict[str, Any]:
