@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,13 +14,12 @@ from ringspan.dist_attn.layout import Contiguous, Layout
 from ringspan.dist_attn.planner import Plan, check_strategy
 from ringspan.dist_attn.ring import Call, RingAttention
 from ringspan.dist_attn.schedule import Schedule, schedule
-from ringspan.kernels.attention import attend
+from ringspan.kernels.attention import attend, check_tensors
 from ringspan.kernels.mask import Causal, Mask
 from ringspan.kernels.parts import Part, parts_of
 from ringspan.kernels.select import select
 
 Group = dist.ProcessGroup | DeviceMesh | None
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,8 @@ def run(
     rank, world = place(process_group)
     fault, parts, kernel = None, (), None
     try:
-        _check_tensors(q, k, v, sinks, first_kv_head, total_kv_heads)
+        check_tensors(q, k, v, sinks)
+        _check_heads(q, k, first_kv_head, total_kv_heads)
         check_strategy(strategy)
         length = _check_length(q.shape[1], layout, rank, world, length)
         parts = parts_of(mask, q.shape[0], k.shape[2], first_kv_head, total_kv_heads)
@@ -211,7 +210,7 @@ def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _digest(planned: tuple[tuple[Part, Schedule], ...], q: Tensor, k: Tensor) -> str:
-    shares = tuple(part.share * (part.rows.stop - part.rows.start) for part, _ in planned)
+    shares = tuple(part.share for part, _ in planned)
     schedules = tuple(each for _, each in planned)
     return Plan(schedules, shares, "ring", q.shape[2], k.shape[2], q.shape[3], q.dtype).hash
 
@@ -253,36 +252,9 @@ def _check_length(local: int, layout: Layout | None, rank: int, world: int, leng
     return length
 
 
-def _check_tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    first_kv_head: int,
-    total_kv_heads: int | None,
-) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "must be [B, L, H, D] and twice [B, L, G, D]"
-        )
-    batch, tokens, heads, dim = q.shape
-    if k.shape[:2] != (batch, tokens) or k.shape[3] != dim:
-        raise ValueError(
-            f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; batch, tokens and head dim must be equal"
-        )
-    if k.shape[2] < 1 or heads % k.shape[2]:
-        raise ValueError(
-            f"k: {k.shape[2]} KV heads for {heads} query heads; the query heads must be a multiple of them"
-        )
-    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype}; must be one of float64, float32, bfloat16, float16"
-        )
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, k, v: devices {q.device}, {k.device}, {v.device}; must be one device")
-    if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"sinks: shape {tuple(sinks.shape)}; must be [{heads}], one logit per query head")
+def _check_heads(q: Tensor, k: Tensor, first_kv_head: int, total_kv_heads: int | None) -> None:
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; tokens must be equal")
     total = first_kv_head + k.shape[2] if total_kv_heads is None else total_kv_heads
     if first_kv_head < 0 or first_kv_head + k.shape[2] > total:
         raise ValueError(f"first_kv_head: {first_kv_head} + {k.shape[2]} KV heads here exceeds total_kv_heads {total}")

@@ -105,8 +105,7 @@ def plan(
         raise ValueError(f"world: {world} must be at least 1")
     parts = parts_of(mask, row_count(mask) or 1, kv_heads)
     schedules = tuple(schedule(part.mask, layout, world, length) for part in parts)
-    shares = tuple(part.share * (part.rows.stop - part.rows.start) for part in parts)
-    return Plan(schedules, shares, "ring", heads, kv_heads, head_dim, dtype)
+    return Plan(schedules, tuple(part.share for part in parts), "ring", heads, kv_heads, head_dim, dtype)
 
 
 def check_strategy(strategy: str) -> None:

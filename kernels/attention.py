@@ -22,6 +22,8 @@ from ringspan.kernels.select import Backend, select
 from ringspan.kernels.state import Gradients, Running, Saved, accumulator
 from ringspan.kernels.work import Work, work
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def attend(
     q: Tensor,
@@ -66,8 +68,10 @@ def attend(
         if boundaries is not None:
             raise ValueError("boundaries: given twice, as a tensor and within the mask; give one of them")
         boundaries = torch.tensor(edges)
+    check_tensors(q, k, v, sinks)
     spans = [_flat(spans, size) for spans, size in ((q_spans, q.shape[1]), (k_spans, k.shape[1]))]
-    _check(q, k, v, sinks, spans[0], spans[1])
+    _check_spans("q_spans", spans[0], q.shape[1])
+    _check_spans("k_spans", spans[1], k.shape[1])
     total = first_kv_head + k.shape[2] if total_kv_heads is None else total_kv_heads
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = accumulator(q.dtype) if out_dtype is None else out_dtype
@@ -224,22 +228,31 @@ def _spans(flat: Sequence[int]) -> tuple[Span, ...]:
     return tuple(Span(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True) if a < b)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_spans: list[int], k_spans: list[int]) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    """Raise ValueError unless q [B, M, H, D], k and v [B, N, G, D] and sinks [H] fit: sizes, heads, dtype, device."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
             f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "must be [B, M, H, D] and twice [B, N, G, D]"
+            "must be [B, L, H, D] and twice [B, L, G, D]"
         )
-    if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k: {k.shape[2]} KV heads for {q.shape[2]} query heads; these must be a multiple of them")
-    if k.dtype != q.dtype or v.dtype != q.dtype or k.device != q.device or v.device != q.device:
+    heads, groups = q.shape[2], k.shape[2]
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         raise ValueError(
-            f"q, k, v: {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}; must be one dtype "
-            "on one device"
+            f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; batch and head dim must be equal"
         )
-    if sinks is not None and sinks.shape != (q.shape[2],):
-        raise ValueError(f"sinks: shape {tuple(sinks.shape)}; must be [{q.shape[2]}], one logit per query head")
-    for name, spans, size in (("q_spans", q_spans, q.shape[1]), ("k_spans", k_spans, k.shape[1])):
-        held = sum(stop - start for start, stop in zip(spans[::2], spans[1::2], strict=True))
-        if spans != sorted(spans) or (spans and spans[0] < 0) or held != size:
-            raise ValueError(f"{name}: {spans} hold {held} tokens of {size}; must be ascending, disjoint and hold all")
+    if groups < 1 or heads % groups:
+        raise ValueError(f"k: {groups} KV heads for {heads} query heads; the query heads must be a multiple of them")
+    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype}; must be one of float64, float32, bfloat16, float16"
+        )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k, v: devices {q.device}, {k.device}, {v.device}; must be one device")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks: shape {tuple(sinks.shape)}; must be [{heads}], one logit per query head")
+
+
+def _check_spans(name: str, spans: list[int], size: int) -> None:
+    held = sum(stop - start for start, stop in zip(spans[::2], spans[1::2], strict=True))
+    if spans != sorted(spans) or (spans and spans[0] < 0) or held != size:
+        raise ValueError(f"{name}: {spans} hold {held} tokens of {size}; must be ascending, disjoint and hold all")

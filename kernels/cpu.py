@@ -8,7 +8,6 @@ the last cast (bf16 partials cost 1.4 times the error), so bf16 is widened first
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -155,7 +154,7 @@ def _operands(saved: Saved, groups: int) -> tuple[Rows, Rows, Rows, Rows]:
     The operator subtracts rowsum(dout * out); a gradient of lse enters as one more feature that contributes -dlse to
     that sum and nothing to the logits: dout has a 1, out has -dlse, and q, k, v have a 0.
     """
-    cache = cast("dict[str, Any]", saved.cache)
+    cache = saved.cache
     if "cpu" not in cache:
         q, out, dout = (x.to(saved.lse.dtype) for x in (saved.q, saved.out, saved.dout))
         if saved.dlse is not None:

@@ -26,8 +26,8 @@ class Part:
 
     @property
     def share(self) -> int:
-        """How many KV heads this part has."""
-        return self.groups if self.heads is None else len(self.heads)
+        """How many KV heads this part has, over all of its batch rows."""
+        return (self.rows.stop - self.rows.start) * (self.groups if self.heads is None else len(self.heads))
 
     def take(self, x: Tensor) -> Tensor:
         """Return this part of [B, L, heads, ...]; a view where all heads share the mask, else a copy."""

@@ -14,7 +14,7 @@ import torch
 
 from ringspan.configs.load import dump
 from ringspan.configs.schema import Config
-from ringspan.dist_attn import Contiguous, Mask, ZigZag, parse_mask
+from ringspan.dist_attn import Contiguous, ZigZag, parse_mask
 from ringspan.finetune import publish
 from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
@@ -47,7 +47,7 @@ def check_inputs(config: Config) -> None:
         find_files(config.eval.path, root=config.data.root, made_by=config.data.made_by)
     read_tokenizer(tokenizer_path(config))
     scaling(config, hf_config)
-    read_mask(config, hf_config)
+    _check_mask(config, hf_config)
     folder = Path(config.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,15 +75,15 @@ def scaling(config: Config, hf_config: Any) -> rope_scaling.Rope | None:
     return rope_scaling.work_out(hf_config, config.rope.type, target_length=target, factor=config.rope.factor)
 
 
-def read_mask(config: Config, hf_config: Any) -> Mask | None:
-    """Return the mask the config asks for, checked against the model's heads and the length; None without one.
+def _check_mask(config: Config, hf_config: Any) -> None:
+    """Check the mask the config asks for, if any, against the model's heads and the length.
 
     Raises:
         Fault: for a text that is no mask, or a mask that a causal language model cannot be trained with.
     """
     text = config.attention.mask
     if text is None:
-        return None
+        return
     try:
         mask = parse_mask(text)
         kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
@@ -97,7 +97,6 @@ def read_mask(config: Config, hf_config: Any) -> Mask | None:
         raise Fault(
             f"attention.mask: {text!r} shows a query later tokens, the labels it is trained on; write causal & ({text})"
         )
-    return mask
 
 
 def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
