@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan.dist_attn import Causal, Traffic, ZigZag, plan
-from ringspan.dist_attn.exchange import Exchange, Message, Pending
-from ringspan.dist_attn.ring import Call, RingAttention
-from ringspan.dist_attn.schedule import schedule
-from ringspan.kernels.parts import Part
+from ringspan.dist_attn import Causal, Plan, Traffic, ZigZag, plan
+from ringspan.dist_attn.exchange import Exchange, Pending
+from ringspan.dist_attn.executor import ShardedAttention, Wiring
+from ringspan.dist_attn.message import Message
+from ringspan.dist_attn.ring import executor
 from ringspan.kernels.select import select
 from ringspan.parallel.testing import run_ranks
 
@@ -48,13 +48,17 @@ class Silent(Exchange):
 
 def ring_arm(group: dist.ProcessGroup, tensors: list[Tensor], length: int, silent: bool, traffic: Traffic) -> None:
     exchange = (Silent if silent else Exchange)(group, "0" * 64, 0, traffic)
-    made = schedule(Causal(), ZigZag(), dist.get_world_size(group), length)
     kernel = select(torch.device("cpu"), torch.float32, DIM)
-    part = Part(slice(0, 1), None, GROUPS, made.mask)
-    call = Call(((part, made),), dist.get_rank(group), exchange, DIM**-0.5, kernel)
+    problem = planned(length, dist.get_world_size(group)).problem
+    ring = executor(problem, Wiring(dist.get_rank(group), exchange), kernel, DIM**-0.5)
     q, k, v, dout = tensors
-    out, _ = RingAttention.apply(q, k, v, None, call, None)  # pyright: ignore[reportGeneralTypeIssues]
+    out, _ = ShardedAttention.apply(q, k, v, None, ring, None)  # pyright: ignore[reportGeneralTypeIssues]
     out.backward(dout)
+
+
+def planned(length: int, world: int) -> Plan:
+    shape = {"heads": HEADS, "kv_heads": GROUPS, "head_dim": DIM, "dtype": torch.float32}
+    return plan(Causal(), ZigZag(), world=world, length=length, **shape)
 
 
 def flash_arm(side: int) -> None:
@@ -89,16 +93,7 @@ def worker(group: dist.ProcessGroup, length: int, rounds: int) -> dict[str, list
 def measure(length: int, world: int, rounds: int) -> dict[str, object]:
     results = run_ranks(worker, world, length, rounds, timeout=1800)
     best = {arm: min(results[0][arm]) for arm in ("ring", "silent", "flash")}
-    made = plan(
-        Causal(),
-        ZigZag(),
-        world=world,
-        length=length,
-        heads=HEADS,
-        kv_heads=GROUPS,
-        head_dim=DIM,
-        dtype=torch.float32,
-    )
+    made = planned(length, world)
     bound = [made.lower_bound_bytes(rank) for rank in range(world)]
     return {
         "length": length,

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from ringspan.dist_attn.cost import Costs, typical
 from ringspan.dist_attn.exchange import Exchange, Traffic, agree
+from ringspan.dist_attn.executor import ShardedAttention, Wiring
+from ringspan.dist_attn.groups import Group, Groups, groups_of, place, to_group
 from ringspan.dist_attn.layout import Contiguous, Layout
-from ringspan.dist_attn.planner import Plan, check_strategy
-from ringspan.dist_attn.ring import Call, RingAttention
-from ringspan.dist_attn.schedule import Schedule, schedule
+from ringspan.dist_attn.planner import digest
+from ringspan.dist_attn.problem import Problem
+from ringspan.dist_attn.strategies import TABLE, choose
 from ringspan.kernels.attention import attend, check_tensors
 from ringspan.kernels.mask import Causal, Mask
 from ringspan.kernels.parts import Part, parts_of
 from ringspan.kernels.select import select
+from ringspan.kernels.state import accumulator
 
-Group = dist.ProcessGroup | DeviceMesh | None
+__all__ = ["Extras", "Group", "attention", "attention_with_lse", "place", "run", "to_group"]
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a caller that has agreed on its batch beforehand adds: see ``parallel.context``.
+    """What else a call may say; the fields beyond ``attention``'s arguments are ``parallel.context``'s.
 
-    ``label`` tells layers with equal plans apart; ``traffic`` counts bytes; ``agreed`` skips the per-call agreement;
-    ``keep`` says that the caller keeps the result and gives it back as ``kept`` to an identical call, which then does
-    not run; ``backend`` names the kernel.
+    ``kv_layout``, ``gradient_dtype``, ``traffic``, ``backend``, ``costs`` and ``debug`` are ``attention``'s. ``label``
+    tells layers with equal plans apart; ``agreed`` skips the per-call agreement; ``keep`` says that the caller keeps
+    the result and gives it back as ``kept`` to an identical call, which then does not run; ``decided`` is told the
+    strategy that was taken, and why.
     """
 
-    label: int = 0
+    kv_layout: Layout | None = None
+    gradient_dtype: torch.dtype | None = None
     traffic: Traffic | None = None
+    backend: str = "auto"
+    costs: Costs | None = None
+    debug: bool = False
+    label: int = 0
     agreed: bool = False
     keep: bool = False
     kept: tuple[Tensor, Tensor] | None = None
-    backend: str = "auto"
+    decided: Callable[[str], None] | None = None
 
 
 def attention(
@@ -53,26 +63,39 @@ def attention(
     length: int | None = None,
     first_kv_head: int = 0,
     total_kv_heads: int | None = None,
+    kv_layout: Layout | None = None,
+    gradient_dtype: torch.dtype | None = None,
     traffic: Traffic | None = None,
     backend: str = "auto",
+    costs: Costs | None = None,
+    debug: bool = False,
 ) -> Tensor:
     """Exact attention over a sequence that is sharded over ``group``; differentiable in q, k, v and sinks.
 
     Shapes: B batch, L this rank's tokens, H query heads, G KV heads (H a multiple of G), D head dim.
 
     Args:
-        q: [B, L, H, D]; k, v: [B, L, G, D]; one dtype of float64, float32, bfloat16, float16.
+        q: [B, L, H, D]; k, v: [B, L, G, D] (with a ``kv_layout``: its share of tokens instead of L); one dtype of
+            float64, float32, bfloat16, float16.
         mask: over global positions; one for all batch rows, or a sequence of B.
-        group: None: this process holds all tokens. Else the ranks that share the sequence.
+        group: None: this process holds all tokens. Else the ranks that share the sequence: a ProcessGroup, a 1-D
+            mesh, or a 2-D mesh (nodes, ranks in a node) for the hybrids.
         layout: who holds which tokens; required when the group has more than one rank.
-        strategy: "ring", or "auto" (takes the ring).
+        strategy: "ring" (keys travel), "all_gather", "ulysses" (heads against tokens), "dist_attention" (queries
+            travel), on a 2-D mesh also "double_ring" and "ulysses_ring"; "auto" takes the one that ``costs`` says is
+            fastest.
         sinks: [H] learned logits of one more key without a value; ``sinks.grad`` is this rank's part, to be summed over
             the group with the other parameters' gradients.
         scale: factor on the logits; None: D ** -0.5.
         length: global tokens; None: world x L. Give it where shares are uneven.
         first_kv_head, total_kv_heads: where this rank's KV heads stand among the model's (tensor parallelism).
+        kv_layout: who holds which keys and values; None: as the queries.
+        gradient_dtype: of dK and dV on their way between ranks; None: fp32 (fp64 for fp64 inputs). They are summed in
+            fp32 all the same.
         traffic: counters of bytes moved, added to in place.
         backend: the kernel: "auto", or one of ``kernels.select.BACKENDS`` by name.
+        costs: speeds of links and kernels that "auto" reckons with; None: ``cost.typical`` of the device.
+        debug: check shapes, dtypes, hops and contents of every message (slow).
 
     Returns:
         out [B, L, H, D] in q's dtype; 0 for a query that sees no key.
@@ -93,8 +116,12 @@ def attention(
         length=length,
         first_kv_head=first_kv_head,
         total_kv_heads=total_kv_heads,
+        kv_layout=kv_layout,
+        gradient_dtype=gradient_dtype,
         traffic=traffic,
         backend=backend,
+        costs=costs,
+        debug=debug,
     )[0]
 
 
@@ -112,8 +139,12 @@ def attention_with_lse(
     length: int | None = None,
     first_kv_head: int = 0,
     total_kv_heads: int | None = None,
+    kv_layout: Layout | None = None,
+    gradient_dtype: torch.dtype | None = None,
     traffic: Traffic | None = None,
     backend: str = "auto",
+    costs: Costs | None = None,
+    debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Like ``attention``; also return lse [B, L, H], natural log, fp32 (fp64 for fp64), sinks joined; differentiable.
 
@@ -132,7 +163,7 @@ def attention_with_lse(
         length=length,
         first_kv_head=first_kv_head,
         total_kv_heads=total_kv_heads,
-        extras=Extras(traffic=traffic, backend=backend),
+        extras=Extras(kv_layout, gradient_dtype, traffic, backend, costs, debug),
     )
 
 
@@ -153,108 +184,126 @@ def run(
     total_kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Validate, agree, plan and run; the arguments are ``attention``'s."""
-    process_group = to_group(group)
-    rank, world = place(process_group)
-    fault, parts, kernel = None, (), None
+    groups = groups_of(group)
+    fault, problem, kernel, chosen = None, None, None, ("", "")
     try:
         check_tensors(q, k, v, sinks)
-        _check_heads(q, k, first_kv_head, total_kv_heads)
-        check_strategy(strategy)
-        length = _check_length(q.shape[1], layout, rank, world, length)
-        parts = parts_of(mask, q.shape[0], k.shape[2], first_kv_head, total_kv_heads)
+        length = _check_length(q, k, layout, extras.kv_layout, groups, length)
+        parts = parts_of(mask, q.shape[0], k.shape[2], first_kv_head, _total(k, first_kv_head, total_kv_heads))
         for part in parts:
             part.mask.check(length)
         kernel = select(q.device, q.dtype, q.shape[-1], backend=extras.backend)
+        problem = _problem(q, k, parts, groups, layout or Contiguous(), length, first_kv_head, total_kv_heads, extras)
+        chosen = choose(strategy, problem, extras.costs or typical(q.device.type))
     except ValueError as error:
-        if world == 1 or extras.agreed:
+        if groups.world == 1 or extras.agreed:
             raise
         fault = str(error)
-    layout = layout or Contiguous()
-    if world > 1 and not extras.agreed:
-        facts = "" if fault else _facts(q, k, parts, layout, length, strategy, scale, sinks)
-        agree(process_group, facts, fault)
-    assert length is not None
-    assert kernel is not None
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if world == 1 and isinstance(mask, Mask) and not extras.keep:
+    if groups.world > 1 and not extras.agreed:
+        facts = "" if problem is None else _facts(problem, chosen[0], scale, sinks is not None)
+        agree(groups.flat, facts, fault)
+    assert kernel is not None
+    assert problem is not None
+    if groups.world == 1 and isinstance(mask, Mask) and not extras.keep:
         # All tokens are here: one operator, that torch.compile and selective checkpointing know.
         heads = {"first_kv_head": first_kv_head, "total_kv_heads": total_kv_heads}
         options = {"backend": extras.backend, "out_dtype": q.dtype}
         return attend(q, k, v, mask=mask, sinks=sinks, scale=scale, **heads, **options)
-    planned = tuple((part, schedule(part.mask, layout, world, length)) for part in parts)
-    exchange = None
-    if process_group is not None and world > 1:
-        digest = _digest(planned, q, k)
-        exchange = Exchange(process_group, digest, extras.label, extras.traffic or Traffic())
-    call = Call(planned, rank, exchange, scale, kernel)
-    return RingAttention.apply(q, k, v, sinks, call, extras.kept)  # pyright: ignore[reportReturnType]
+    name, why = chosen
+    if extras.decided is not None:
+        extras.decided(why)
+    wiring = _wiring(groups, digest(problem, name), extras)
+    executor = TABLE[name].executor(problem, wiring, kernel, scale)
+    return ShardedAttention.apply(q, k, v, sinks, executor, extras.kept)  # pyright: ignore[reportReturnType]
 
 
-def to_group(group: Group) -> dist.ProcessGroup | None:
-    """Return the process group of a 1-D mesh, or the group itself."""
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"group: a mesh of {group.ndim} dimensions; give a ProcessGroup or a 1-D mesh")
-        return group.get_group()
-    return group
-
-
-def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return (rank, world) within the group; (0, 1) for None."""
-    if group is None:
-        return 0, 1
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("group: this process is not one of its ranks")
-    return rank, dist.get_world_size(group)
-
-
-def _digest(planned: tuple[tuple[Part, Schedule], ...], q: Tensor, k: Tensor) -> str:
-    shares = tuple(part.share for part, _ in planned)
-    schedules = tuple(each for _, each in planned)
-    return Plan(schedules, shares, "ring", q.shape[2], k.shape[2], q.shape[3], q.dtype).hash
-
-
-def _facts(
+def _problem(
     q: Tensor,
     k: Tensor,
     parts: tuple[Part, ...],
+    groups: Groups,
     layout: Layout,
-    length: int | None,
-    strategy: str,
-    scale: float | None,
-    sinks: Tensor | None,
-) -> str:
+    length: int,
+    first_kv_head: int,
+    total_kv_heads: int | None,
+    extras: Extras,
+) -> Problem:
+    return Problem(
+        parts=parts,
+        batch=q.shape[0],
+        length=length,
+        layout=layout,
+        kv_layout=extras.kv_layout or layout,
+        mesh=groups.mesh,
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+        wire=_check_wire(extras.gradient_dtype, q.dtype),
+        keep=extras.keep,
+        first_kv_head=first_kv_head,
+        total_kv_heads=total_kv_heads,
+    )
+
+
+def _wiring(groups: Groups, digest: str, extras: Extras) -> Wiring:
+    """Return the exchanges of one call, over each group of more than one rank."""
+    traffic = extras.traffic or Traffic()
+
+    def over(group: dist.ProcessGroup | None) -> Exchange | None:
+        if group is None or dist.get_world_size(group) == 1:
+            return None
+        return Exchange(group, digest, extras.label, traffic, debug=extras.debug)
+
+    return Wiring(groups.rank, over(groups.flat), over(groups.outer), over(groups.inner))
+
+
+def _facts(problem: Problem, strategy: str, scale: float, sinks: bool) -> str:
+    p = problem
     masks = "; ".join(
         str(part.mask)
-        if len(parts) == 1
+        if len(p.parts) == 1
         else f"{part.mask} (rows {part.rows.start}:{part.rows.stop}, heads {part.heads})"
-        for part in parts
+        for part in p.parts
     )
+    keys = "" if p.kv_layout == p.layout else f", keys {p.kv_layout}"
     return (
-        f"batch {q.shape[0]}, length {length}, heads {q.shape[2]}/{k.shape[2]} x {q.shape[3]}, {q.dtype}, "
-        f"{layout}, {strategy}, scale {scale}, sinks {sinks is not None}, mask {masks}"
+        f"batch {p.batch}, length {p.length}, heads {p.heads}/{p.kv_heads} x {p.head_dim}, {p.dtype}, "
+        f"{p.layout}{keys}, mesh {p.mesh}, {strategy}, gradients {p.wired}, scale {scale}, sinks {sinks}, mask {masks}"
     )
 
 
-def _check_length(local: int, layout: Layout | None, rank: int, world: int, length: int | None) -> int:
+def _check_length(
+    q: Tensor, k: Tensor, layout: Layout | None, kv_layout: Layout | None, groups: Groups, length: int | None
+) -> int:
+    rank, world, local = groups.rank, groups.world, q.shape[1]
     if layout is None and world > 1:
         raise ValueError(f"layout: required with {world} ranks; say who holds which tokens, e.g. layout=ZigZag()")
     length = world * local if length is None else length
-    share = local if layout is None else layout.share(rank, world, length)
     if layout is None and length != local:
         raise ValueError(f"length: {length}, but the only rank holds {local} tokens")
-    if share != local:
-        raise ValueError(
-            f"q: {local} tokens, but rank {rank} of {world} holds {share} of {length} in {layout}; "
-            "shard with the same layout, and pass length= where shares are uneven"
-        )
+    if kv_layout is None and k.shape[1] != local:
+        raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; tokens must be equal")
+    for name, tokens, shared in (("q", local, layout), ("k", k.shape[1], kv_layout or layout)):
+        share = tokens if shared is None else shared.share(rank, world, length)
+        if share != tokens:
+            raise ValueError(
+                f"{name}: {tokens} tokens, but rank {rank} of {world} holds {share} of {length} in {shared}; "
+                "shard with the same layout, and pass length= where shares are uneven"
+            )
     return length
 
 
-def _check_heads(q: Tensor, k: Tensor, first_kv_head: int, total_kv_heads: int | None) -> None:
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; tokens must be equal")
+def _total(k: Tensor, first_kv_head: int, total_kv_heads: int | None) -> int:
     total = first_kv_head + k.shape[2] if total_kv_heads is None else total_kv_heads
     if first_kv_head < 0 or first_kv_head + k.shape[2] > total:
         raise ValueError(f"first_kv_head: {first_kv_head} + {k.shape[2]} KV heads here exceeds total_kv_heads {total}")
+    return total
+
+
+def _check_wire(gradient_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
+    wide = accumulator(dtype)
+    if gradient_dtype not in (None, torch.bfloat16, torch.float16, wide):
+        raise ValueError(f"gradient_dtype: {gradient_dtype}; must be torch.bfloat16, torch.float16 or {wide}")
+    return gradient_dtype

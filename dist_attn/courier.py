@@ -2,149 +2,217 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from ringspan.dist_attn.exchange import Exchange, Message, Pending
-from ringspan.dist_attn.schedule import Arrival, Hop, Schedule, Step
+from ringspan.dist_attn.exchange import Exchange, Pending
+from ringspan.dist_attn.message import Message, Spec
+from ringspan.dist_attn.steps import Arrival, Hop, Sending, Step
 from ringspan.kernels.mask import Span
 
 FORWARD, BACKWARD, GRADIENTS = 0, 1, 2  # kinds of rounds; part of a message's round id
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Which exchange reaches a rank. On a mesh ranks of one node, and of one place, have a group of their own."""
+
+    flat: Exchange
+    outer: Exchange | None = None
+    inner: Exchange | None = None
+    inside: int = 1  # ranks in a node
+
+    def post(
+        self,
+        round_id: int,
+        sends: Sequence[tuple[int, Message]],
+        receives: Sequence[tuple[int, Message]],
+    ) -> list[Pending]:
+        """Start all transfers of a round with (rank, message), a batch for each exchange; same order on every rank."""
+        leaving: dict[int, list[tuple[int, Message]]] = defaultdict(list)
+        coming: dict[int, list[tuple[int, Message]]] = defaultdict(list)
+        exchanges: dict[int, Exchange] = {}
+        for batches, many in ((leaving, sends), (coming, receives)):
+            for peer, message in many:
+                order, exchange, number = self._reach(peer)
+                exchanges[order] = exchange
+                batches[order].append((number, message))
+        return [exchanges[order].post(round_id, leaving[order], coming[order]) for order in sorted(exchanges)]
+
+    def _reach(self, peer: int) -> tuple[int, Exchange, int]:
+        mine, theirs = divmod(self.flat.rank, self.inside), divmod(peer, self.inside)
+        if self.inner is not None and mine[0] == theirs[0]:
+            return 0, self.inner, theirs[1]
+        if self.outer is not None and mine[1] == theirs[1]:
+            return 1, self.outer, theirs[0]
+        return 2, self.flat, peer
+
+
+class Landed(NamedTuple):
+    """Keys to compute on: their arrival, keys [B, n, G, D] and values."""
+
+    arrival: Arrival
+    keys: Tensor
+    values: Tensor
+
+
 class Courier:
-    """Moves K and V along a rank's steps: the next step's transfers run while this step's tiles are computed."""
+    """Moves K and V along a rank's steps: later steps' transfers run while this step's tiles are computed."""
 
     def __init__(
-        self, exchange: Exchange | None, rank: int, number: int, kind: int, schedule: Schedule, k: Tensor, v: Tensor
+        self, channels: Channels | None, rank: int, base: int, spans: tuple[Span, ...], k: Tensor, v: Tensor
     ) -> None:
-        self.exchange, self.rank, self.k, self.v = exchange, rank, k, v
-        self.base = (number << 32) | (kind << 24)
-        self.rows = _LocalRows(schedule.spans(rank))
-        self.messages: list[tuple[Arrival, Message]] = []  # the K, V messages of the step at hand
+        self.channels, self.rank, self.base, self.k, self.v = channels, rank, base, k, v
+        self.rows = LocalRows(spans)
+        self.flying: dict[int, list[Pending]] = defaultdict(list)  # by the step that waits for them
+        self.coming: dict[tuple[int, int, int], Message] = {}
+        self.here: list[tuple[Arrival, Message]] = []  # landed, and computed now or sent on later
 
-    def walk(self, steps: tuple[Step, ...]) -> Iterable[tuple[Step, list[tuple[Arrival, Tensor, Tensor]]]]:
-        """Yield each step with what has landed for it: (arrival, keys [B, n, G, D], values)."""
-        for index, step in enumerate(steps):
-            pending, incoming = self._post(steps[index + 1]) if index + 1 < len(steps) else (None, [])
-            if step.own:
-                yield step, [(step.own, self.k, self.v)]
-            else:
-                yield (
-                    step,
-                    [(arrival, message.first, message.second) for arrival, message in self.messages],
-                )
-            if pending:
+    def walk(self, steps: tuple[Step, ...]) -> Iterable[tuple[Step, list[Landed]]]:
+        """Yield each step with the keys to compute on."""
+        for step in steps:
+            for number in sorted(self.flying):
+                if number <= step.number:
+                    for pending in self.flying.pop(number):
+                        pending.wait()
+            self.here += [(each, self.coming.pop(_key(each))) for each in step.arrivals]
+            self._post(step)
+            landed = [Landed(step.own, self.k, self.v)] if step.own else []
+            landed += [Landed(a, m.first, m.second) for a, m in self.here if a.step == step.number]
+            yield step, landed
+            self.here = [(arrival, message) for arrival, message in self.here if arrival.until > step.number]
+        for late in self.flying.values():  # what this rank sent for others' last steps
+            for pending in late:
                 pending.wait()
-            self.messages = incoming
 
-    def _post(self, step: Step) -> tuple[Pending, list[tuple[Arrival, Message]]]:
-        assert self.exchange is not None, "a plan with messages needs a group"
-        incoming = [(arrival, message_like(self.k, arrival.rows, self.k.dtype)) for arrival in step.arrivals]
-        sends = [(peer, self._pack(hops)) for peer, hops in step.sends]
-        receives = [(arrival.peer, message) for arrival, message in incoming]
-        return self.exchange.post(self.base | step.number, sends, receives), incoming
+    def _post(self, step: Step) -> None:
+        """Start what leaves at this step, a batch for each step that it arrives for."""
+        for number in sorted({each.step for each in (*step.sends, *step.awaits)}):
+            assert self.channels is not None, "a plan with messages needs a group"
+            sends = [(each.peer, self._pack(each)) for each in step.sends if each.step == number]
+            receives = []
+            for arrival in step.awaits:
+                if arrival.step == number:
+                    message = self._message(arrival.hops)
+                    self.coming[_key(arrival)] = message
+                    receives.append((arrival.peer, message))
+            self.flying[number] += self.channels.post(self.base | number, sends, receives)
 
-    def _pack(self, hops: tuple[Hop, ...]) -> Message:
-        """Return a message with these pieces: own rows, or rows that have just landed."""
-        wanted = [(hop.owner, hop.span) for hop in hops]
-        for arrival, message in self.messages:
-            if [(hop.owner, hop.span) for hop in arrival.hops] == wanted:
+    def _message(self, hops: tuple[Hop, ...]) -> Message:
+        assert self.channels is not None
+        return self.channels.flat.message(like(self.k, rows_in(hops), self.k.dtype), self.k.device, note_of(hops))
+
+    def _pack(self, sending: Sending) -> Message:
+        """Return a message with these pieces: own rows, or rows that have landed."""
+        wanted = [hop.piece for hop in sending.hops]
+        for arrival, message in self.here:
+            if arrival.sends == 1 and [hop.piece for hop in arrival.hops] == wanted:
+                message.note = note_of(sending.hops)
                 return message  # goes on as it came; only its header is written anew
-        message = message_like(self.k, sum(hop.span.size for hop in hops), self.k.dtype)
-        row = 0
-        for hop in hops:
-            keys, values = self._piece(hop)
-            target = Span(row, row + hop.span.size)
-            rows_of(message.first, target).copy_(keys)
-            rows_of(message.second, target).copy_(values)
-            row = target.stop
+        message = self._message(sending.hops)
+        landed = {hop.piece: (m, rows) for arrival, m in self.here for hop, rows in hop_rows(arrival.hops)}
+        for hop, target in hop_rows(sending.hops):
+            if hop.owner == self.rank:
+                keys, values, rows = self.k, self.v, self.rows.of(hop.span)
+            else:
+                found, rows = landed[hop.piece]
+                keys, values = found.first, found.second
+            rows_of(message.first, target).copy_(rows_of(keys, rows))
+            rows_of(message.second, target).copy_(rows_of(values, rows))
         return message
-
-    def _piece(self, hop: Hop) -> tuple[Tensor, Tensor]:
-        if hop.owner == self.rank:
-            rows = self.rows.of(hop.span)
-            return rows_of(self.k, rows), rows_of(self.v, rows)
-        for arrival, message in self.messages:
-            for found, rows in _hop_rows(arrival.hops):
-                if (found.owner, found.span) == (hop.owner, hop.span):
-                    return rows_of(message.first, rows), rows_of(message.second, rows)
-        raise AssertionError(f"piece {hop} is not here")
 
 
 class Returns:
-    """Moves dK and dV: along each piece's chain one round behind its K and V, and home from the last rank."""
+    """Moves dK and dV: along each piece's route behind its K and V, and home to the owner.
+
+    Args:
+        wire: the dtype in which they travel; they are summed in that of ``dk``.
+    """
 
     def __init__(
-        self, exchange: Exchange | None, rank: int, number: int, schedule: Schedule, dk: Tensor, dv: Tensor
+        self,
+        channels: Channels | None,
+        rank: int,
+        base: int,
+        spans: tuple[Span, ...],
+        dk: Tensor,
+        dv: Tensor,
+        wire: torch.dtype,
     ) -> None:
-        self.channel, self.rank, self.dk, self.dv = exchange, rank, dk, dv
-        self.base = (number << 32) | (GRADIENTS << 24)
-        self.rows = _LocalRows(schedule.spans(rank))
-        self.pending: Pending | None = None
+        self.channels, self.rank, self.base, self.dk, self.dv, self.wire = channels, rank, base, dk, dv, wire
+        self.rows = LocalRows(spans)
+        self.pending: list[Pending] = []
         self.incoming: list[tuple[tuple[Hop, ...], Message]] = []
+        # This rank's sums that have not left yet: where a piece lies, and all that lies in the same buffer.
+        self.parts: dict[tuple[int, Span], tuple[tuple[Hop, ...], Message, Span]] = {}
 
-    def exchange(self, step: Step, parts: list[tuple[Arrival, Message]]) -> None:
-        """Add what came for this step's pieces to this rank's parts, and start sending the sums on."""
-        self._collect(parts)
+    def part(self, arrival: Arrival) -> tuple[Tensor, Tensor]:
+        """Return zeroed dk, dv for the keys of an arrival, to be added into."""
+        message = self._message(arrival.hops, self.dk.dtype)
+        message.first.zero_()
+        message.second.zero_()
+        self.parts |= {hop.piece: (arrival.hops, message, rows) for hop, rows in hop_rows(arrival.hops)}
+        return message.first, message.second
+
+    def exchange(self, step: Step) -> None:
+        """Add what came in the last round, and start sending this step's sums on."""
         if not step.gradients and not step.returns:
             return
-        assert self.channel is not None, "a plan with messages needs a group"
-        sends = [(peer, self._pack(hops, parts)) for peer, hops in step.gradients]
-        self.incoming = [
-            (hops, message_like(self.dk, sum(hop.span.size for hop in hops), self.dk.dtype)) for _, hops in step.returns
-        ]
-        receives = [(peer, message) for (peer, _), (_, message) in zip(step.returns, self.incoming, strict=True)]
-        self.pending = self.channel.post(self.base | step.number, sends, receives)
+        self._collect()
+        assert self.channels is not None, "a plan with messages needs a group"
+        sends = [(each.peer, self._pack(each.hops)) for each in step.gradients]
+        self.incoming = [(each.hops, self._message(each.hops, self.wire)) for each in step.returns]
+        receives = [(each.peer, m) for each, (_, m) in zip(step.returns, self.incoming, strict=True)]
+        self.pending = self.channels.post(self.base | step.number, sends, receives)
 
     def finish(self) -> None:
         """Wait for the last round."""
-        self._collect([])
+        self._collect()
 
-    def _collect(self, parts: list[tuple[Arrival, Message]]) -> None:
-        if self.pending is None:
-            return
-        self.pending.wait()
-        here = {
-            (hop.owner, hop.span): (message, rows)
-            for arrival, message in parts
-            for hop, rows in _hop_rows(arrival.hops)
-        }
+    def _message(self, hops: tuple[Hop, ...], dtype: torch.dtype) -> Message:
+        assert self.channels is not None
+        return self.channels.flat.message(like(self.dk, rows_in(hops), dtype), self.dk.device, note_of(hops))
+
+    def _collect(self) -> None:
+        for pending in self.pending:
+            pending.wait()
         for hops, message in self.incoming:
-            for hop, rows in _hop_rows(hops):
-                came = rows_of(message.first, rows), rows_of(message.second, rows)
+            for hop, rows in hop_rows(hops):
                 if hop.owner == self.rank:
-                    own = self.rows.of(hop.span)
-                    totals = rows_of(self.dk, own), rows_of(self.dv, own)
+                    mine, totals = self.rows.of(hop.span), (self.dk, self.dv)
                 else:
-                    part, at = here[hop.owner, hop.span]
-                    totals = rows_of(part.first, at), rows_of(part.second, at)
-                for total, gradient in zip(totals, came, strict=True):
-                    total.add_(gradient)
-        self.pending, self.incoming = None, []
+                    _, part, mine = self.parts[hop.piece]
+                    totals = part.tensors
+                for total, came in zip(totals, message.tensors, strict=True):
+                    rows_of(total, mine).add_(rows_of(came, rows))
+        self.pending, self.incoming = [], []
 
-    def _pack(self, hops: tuple[Hop, ...], parts: list[tuple[Arrival, Message]]) -> Message:
-        for arrival, message in parts:
-            if arrival.hops == hops:
-                return message
-        packed = message_like(self.dk, sum(hop.span.size for hop in hops), self.dk.dtype)
-        here = {hop: (message, rows) for arrival, message in parts for hop, rows in _hop_rows(arrival.hops)}
-        for hop, target in _hop_rows(hops):
-            message, rows = here[hop]
-            rows_of(packed.first, target).copy_(rows_of(message.first, rows))
-            rows_of(packed.second, target).copy_(rows_of(message.second, rows))
+    def _pack(self, hops: tuple[Hop, ...]) -> Message:
+        together, message, _ = self.parts[hops[0].piece]
+        whole = together == hops and self.wire == self.dk.dtype
+        packed = message if whole else self._message(hops, self.wire)
+        for hop, target in hop_rows(hops):
+            _, message, rows = self.parts.pop(hop.piece)
+            if not whole:
+                for mine, part in zip(packed.tensors, message.tensors, strict=True):
+                    rows_of(mine, target).copy_(rows_of(part, rows))
         return packed
 
 
-class _LocalRows:
+class LocalRows:
     """Where a global span lies among the rows this rank holds."""
 
     def __init__(self, spans: tuple[Span, ...]) -> None:
         self.spans = spans
 
     def of(self, span: Span) -> Span:
+        """Return the local rows of a global span."""
         row = 0
         for held in self.spans:
             if held.start <= span.start and span.stop <= held.stop:
@@ -153,7 +221,7 @@ class _LocalRows:
         raise AssertionError(f"{span} is not held here: {self.spans}")
 
 
-def _hop_rows(hops: tuple[Hop, ...]) -> Iterable[tuple[Hop, Span]]:
+def hop_rows(hops: tuple[Hop, ...]) -> Iterable[tuple[Hop, Span]]:
     """Yield each hop with its rows in a message that holds them end to end."""
     row = 0
     for hop in hops:
@@ -161,9 +229,24 @@ def _hop_rows(hops: tuple[Hop, ...]) -> Iterable[tuple[Hop, Span]]:
         row += hop.span.size
 
 
-def message_like(like: Tensor, rows: int, dtype: torch.dtype) -> Message:
-    """Return an empty message of ``rows`` rows with the batch, heads and head dim of ``like`` [B, n, G, D]."""
-    return Message(like.shape[0], rows, like.shape[2], like.shape[3], dtype, like.device)
+def rows_in(hops: tuple[Hop, ...]) -> int:
+    """Return the rows of a message with these hops."""
+    return sum(hop.span.size for hop in hops)
+
+
+def _key(arrival: Arrival) -> tuple[int, int, int]:
+    return arrival.step, arrival.depart, arrival.peer
+
+
+def note_of(hops: tuple[Hop, ...]) -> int:
+    """Return a digest of what a message holds, for the check in debug mode."""
+    return crc32(repr([(hop.owner, *hop.span) for hop in hops]).encode())
+
+
+def like(x: Tensor, rows: int, dtype: torch.dtype) -> list[Spec]:
+    """Return the specs of keys and values: ``rows`` rows with the batch, heads and head dim of x [B, n, G, D]."""
+    shape = (x.shape[0], rows, *x.shape[2:])
+    return [(shape, dtype), (shape, dtype)]
 
 
 def rows_of(x: Tensor, span: Span) -> Tensor:

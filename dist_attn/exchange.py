@@ -1,4 +1,4 @@
-"""Checked messages over a given process group, and the agreement that goes before them.
+"""Checked transfers over a given process group, and the agreement that goes before them.
 
 gloo accepts a wrong size, dtype or order without a word, and a receiver whose buffer is too small aborts. So the ranks
 first agree on a digest of everything their plans derive from (``agree``), and each message then carries a 64-byte
@@ -8,13 +8,16 @@ header that its receiver compares with what the plan told it to expect. Bytes ar
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-HEADER_BYTES = 64
+from ringspan.dist_attn.message import Message, Spec
+
 _MAGIC = 0x52494E475350414E  # "RINGSPAN"
 _PACKET_BYTES = 512
 
@@ -27,9 +30,13 @@ class Disagreement(ValueError):
         self.rank = rank
 
 
+class PeerLost(RuntimeError):
+    """A transfer did not end: its peer is dead, silent beyond the group's timeout, or runs other code."""
+
+
 @dataclass
 class Traffic:
-    """Bytes counted from the tensors handed to send and receive; ``payload`` leaves out the headers."""
+    """Bytes counted from the tensors handed to send, receive and collectives; ``payload`` leaves out the headers."""
 
     sent_payload: int = 0
     received_payload: int = 0
@@ -38,73 +45,62 @@ class Traffic:
     messages: int = 0
 
 
-class Message:
-    """One buffer: a 64-byte header, then the payload as two tensors of equal shape (K and V, or dK and dV)."""
-
-    def __init__(
-        self,
-        batch: int,
-        rows: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.payload_bytes = 2 * batch * rows * heads * head_dim * dtype.itemsize
-        self.buffer = torch.empty(HEADER_BYTES + self.payload_bytes, dtype=torch.uint8, device=device)
-        both = self.buffer[HEADER_BYTES:].view(dtype).view(2, batch, rows, heads, head_dim)
-        self.first, self.second = both[0], both[1]  # [B, rows, G, D] each
-
-    def label(self, values: Sequence[int]) -> None:
-        """Write the header."""
-        self.buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(values, dtype=torch.int64))
+Expected = tuple[int, Message, tuple[int, ...]]  # from which rank, into which buffer, with which header
 
 
 class Pending:
-    """Transfers in flight; ``wait`` ends them and checks every header that came in."""
+    """Transfers in flight; ``wait`` ends them and checks every header that came in.
 
-    def __init__(self, works: list[dist.Work], expected: list[tuple[int, Message, tuple[int, ...]]]) -> None:
-        self._works = works
-        self._expected = expected
+    Args:
+        works: each with the peers it serves, in words ("rank 3").
+        expected: the messages that come in.
+        place: who waits, and where in its plan, for errors.
+    """
+
+    def __init__(self, works: list[tuple[dist.Work, str]], expected: list[Expected], place: str = "") -> None:
+        self._works, self._expected, self._place = works, expected, place
 
     def wait(self) -> None:
         """Block until every transfer is done.
 
         Raises:
+            PeerLost: if one does not end; names this rank, the step, the peer and how long it was waited for.
             RuntimeError: if a message is not the one the plan told this rank to expect.
         """
-        for work in self._works:
-            work.wait()
+        began = time.monotonic()
+        for work, peers in self._works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise _lost(self._place, peers, time.monotonic() - began, error) from error
         for peer, message, header in self._expected:
-            found = message.buffer[:HEADER_BYTES].view(torch.int64)
-            if found.device.type != "cpu":
-                # Asserting on the device keeps the host from waiting for the transfer.
-                torch._assert_async((found == torch.tensor(header, device=found.device)).all())
-            elif tuple(found.tolist()) != header:
-                raise RuntimeError(
-                    f"message from rank {peer} is not the expected one: header {found.tolist()}, "
-                    f"expected {list(header)} "
-                    "(magic, plan, plan, label, round, source, target, bytes); the ranks ran different code or calls"
-                )
+            _check(peer, message, header, self._place)
         self._works, self._expected = [], []
 
 
 class Exchange:
-    """Point-to-point messages of one call of attention over ``group``.
+    """Transfers of one call of attention over ``group``.
 
     Args:
         group: the ranks that share the sequence.
         digest: the plan's hash (hex); part of every header.
         label: tells calls with equal plans apart (the layer's index).
         traffic: counters to add to.
+        debug: messages also carry their shapes, dtypes, hops and a checksum.
     """
 
-    def __init__(self, group: dist.ProcessGroup, digest: str, label: int, traffic: Traffic) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, digest: str, label: int, traffic: Traffic, *, debug: bool = False
+    ) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.traffic = traffic
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.traffic, self.debug = traffic, debug
         self._digest = (int(digest[:15], 16), int(digest[15:30], 16))
         self._label = label
+
+    def message(self, specs: Sequence[Spec], device: torch.device, note: int = 0) -> Message:
+        """Return an empty message for tensors of these shapes and dtypes."""
+        return Message(specs, device, debug=self.debug, note=note)
 
     def post(
         self,
@@ -119,23 +115,87 @@ class Exchange:
             sends: (group rank, message) in ascending rank; receives: likewise.
         """
         operations: list[dist.P2POp] = []
-        expected: list[tuple[int, Message, tuple[int, ...]]] = []
+        expected: list[Expected] = []
         for peer, message in sends:
             message.label(self._header(round_id, self.rank, peer, message))
             operations.append(dist.P2POp(dist.isend, message.buffer, group=self.group, group_peer=peer))
-            self.traffic.sent_payload += message.payload_bytes
-            self.traffic.sent_wire += message.buffer.numel()
-            self.traffic.messages += 1
+            self._count(message.payload_bytes, message.buffer.numel(), 0, 0)
         for peer, message in receives:
             expected.append((peer, message, self._header(round_id, peer, self.rank, message)))
             operations.append(dist.P2POp(dist.irecv, message.buffer, group=self.group, group_peer=peer))
-            self.traffic.received_payload += message.payload_bytes
-            self.traffic.received_wire += message.buffer.numel()
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, expected)
+            self._count(0, 0, message.payload_bytes, message.buffer.numel())
+        self.traffic.messages += len(sends)
+        peers = [f"rank {peer}" for peer, _ in [*sends, *receives]]
+        place = self._place(f"step {round_id & 0xFFFF} (round {round_id:#x})")
+        try:
+            works = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise _lost(place, " or ".join(peers), 0.0, error) from error
+        # gloo gives a work for each transfer, NCCL one for the whole batch.
+        named = peers if len(works) == len(peers) else [" or ".join(dict.fromkeys(peers))] * len(works)
+        return Pending(list(zip(works, named, strict=True)), expected, place)
+
+    def all_gather(self, local: Tensor, step: str) -> tuple[Tensor, Pending]:
+        """Start gathering tensors of one shape: return [world, *local.shape], whole once ``wait`` returns.
+
+        Args:
+            local: contiguous, of the same shape and dtype on every rank.
+            step: where in the plan, for errors.
+        """
+        whole = local.new_empty((self.world, *local.shape))
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return whole, self._collective(gather, whole.flatten(0, 1), local, step, local.nbytes)
+
+    def reduce_scatter(self, parts: Tensor, step: str) -> tuple[Tensor, Pending]:
+        """Start summing [world, ...] over the ranks: return row ``rank`` of the sum, whole once ``wait`` returns."""
+        mine = parts.new_empty(parts.shape[1:])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return mine, self._collective(scatter, mine, parts.flatten(0, 1), step, mine.nbytes)
+
+    def _collective(self, call: object, out: Tensor, given: Tensor, step: str, share: int) -> Pending:
+        place, peers = self._place(step), f"the other {self.world - 1} ranks"
+        try:
+            work = call(out, given, group=self.group, async_op=True)  # pyright: ignore[reportCallIssue]
+        except RuntimeError as error:
+            raise _lost(place, peers, 0.0, error) from error
+        moved = (self.world - 1) * share  # what any rank must take in, and the ring algorithms do
+        self._count(moved, moved, moved, moved)
+        return Pending([(work, peers)], [], place)
+
+    def _count(self, sent: int, sent_wire: int, received: int, received_wire: int) -> None:
+        self.traffic.sent_payload += sent
+        self.traffic.sent_wire += sent_wire
+        self.traffic.received_payload += received
+        self.traffic.received_wire += received_wire
+
+    def _place(self, step: str) -> str:
+        return f"rank {self.rank} of {self.world}, layer {self._label}, {step}"
 
     def _header(self, round_id: int, source: int, target: int, message: Message) -> tuple[int, ...]:
         return (_MAGIC, *self._digest, self._label, round_id, source, target, message.payload_bytes)
+
+
+def _lost(place: str, peers: str, seconds: float, error: RuntimeError) -> PeerLost:
+    reason = str(error).splitlines()[0]
+    return PeerLost(
+        f"{place}: waited {seconds:.1f} s for {peers}, then: {reason}; see that rank's log for what ended or stopped it"
+    )
+
+
+def _check(peer: int, message: Message, header: tuple[int, ...], place: str) -> None:
+    """Compare a message that came with what the plan told this rank to expect."""
+    found = message.header
+    if found.device.type != "cpu":
+        # Asserting on the device keeps the host from waiting for the transfer.
+        torch._assert_async((found == torch.tensor(header, device=found.device)).all())
+    elif tuple(found.tolist()) != header:
+        raise RuntimeError(
+            f"{place}: message from rank {peer} is not the expected one: header {found.tolist()}, "
+            f"expected {list(header)} "
+            "(magic, plan, plan, label, round, source, target, bytes); the ranks ran different code or calls"
+        )
+    if message.debug and (fault := message.check_seal()):
+        raise RuntimeError(f"{place}: message from rank {peer}: {fault}")
 
 
 def agree(group: dist.ProcessGroup | None, facts: str, fault: str | None = None) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
+from ringspan.dist_attn.cost import Costs, Prediction, predict, typical
 from ringspan.dist_attn.layout import Layout
-from ringspan.dist_attn.schedule import Schedule, Step, schedule
+from ringspan.dist_attn.moves import Integers, Moves, Transfers
+from ringspan.dist_attn.problem import Problem
+from ringspan.dist_attn.ring_plan import schedules
+from ringspan.dist_attn.steps import Step
+from ringspan.dist_attn.strategies import NAMES, TABLE, check_strategy, choose
 from ringspan.kernels.mask import Mask, row_count
 from ringspan.kernels.parts import parts_of
 
-STRATEGIES = ("auto", "ring")
+STRATEGIES = NAMES
+__all__ = ["STRATEGIES", "Plan", "check_strategy", "digest", "plan"]
 
 
 @dataclass(frozen=True)
@@ -23,75 +29,112 @@ class Plan:
     Made by ``plan``; needs no process group, so a world that does not exist can be planned.
     """
 
-    schedules: tuple[Schedule, ...]
-    shares: tuple[int, ...]  # KV heads, times batch rows, that each schedule serves
+    problem: Problem
     strategy: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
+    why: str = field(compare=False)
+
+    @cached_property
+    def moves(self) -> Moves:
+        """The strategy's transfers and areas, of all ranks."""
+        return TABLE[self.strategy].moves(self.problem)
+
+    @cached_property
+    def forward(self) -> Transfers:
+        """All transfers of the forward pass."""
+        return self.moves.transfers(backward=False)
+
+    @cached_property
+    def backward(self) -> Transfers:
+        """All transfers of the backward pass."""
+        return self.moves.transfers(backward=True)
+
+    @cached_property
+    def areas(self) -> Integers:
+        """Live pairs, times query heads and batch rows, of each round and rank: [rounds, world]."""
+        return self.moves.areas()
 
     def received_bytes(self, rank: int, *, backward: bool = False) -> int:
-        """Return payload bytes that arrive at ``rank``: K and V in ``dtype``; backward adds fp32 (fp64) dK and dV."""
-        received = self._elements(rank, Schedule.received_rows) * self.dtype.itemsize
-        wide = 8 if self.dtype == torch.float64 else 4
-        return received + (self._elements(rank, Schedule.returned_rows) * wide if backward else 0)
+        """Return payload bytes that arrive at ``rank`` in the forward pass, or in the backward pass."""
+        return (self.backward if backward else self.forward).received(rank)
 
     def lower_bound_bytes(self, rank: int) -> int:
         """Return the bytes of K and V rows that some query of ``rank`` sees and it does not hold."""
-        return self._elements(rank, Schedule.needed_rows) * self.dtype.itemsize
+        return self.moves.lower_bound(rank)
 
     def area(self, rank: int) -> float:
-        """Return live (query, key) pairs of ``rank``, mean over KV heads (an int where it is whole)."""
-        total = sum(each.area(rank) * heads for each, heads in zip(self.schedules, self.shares, strict=True))
-        return total // self.kv_heads if total % self.kv_heads == 0 else total / self.kv_heads
+        """Return live (query, key) pairs that ``rank`` computes, mean over KV heads (an int where it is whole)."""
+        total = int(self.areas[:, rank].sum()) // self.problem.ratio
+        heads = self.problem.kv_heads
+        return total // heads if total % heads == 0 else total / heads
+
+    def imbalance(self) -> float:
+        """Return the largest rank's live area over the mean."""
+        areas = self.areas.sum(0)
+        return float(areas.max() / areas.mean()) if areas.any() else 1.0
+
+    def seconds(self, costs: Costs, *, backward: bool = False) -> Prediction:
+        """Predict how long the forward or the backward pass takes."""
+        transfers = self.backward if backward else self.forward
+        return predict(transfers, self.areas, self.problem.head_dim, costs, backward=backward)
 
     def steps(self, rank: int) -> tuple[Step, ...]:
-        """Return the steps of ``rank``, one plan after the other where batch rows or heads have plans of their own."""
-        return tuple(step for each in self.schedules for step in each.steps(rank))
+        """Return the ring's steps of ``rank``, one plan after the other where batch rows or heads have their own.
 
-    def _elements(self, rank: int, rows: Callable[[Schedule, int], int]) -> int:
-        """Return how many elements of K and V these rows have, over all schedules."""
-        each = (rows(plan, rank) * heads for plan, heads in zip(self.schedules, self.shares, strict=True))
-        return sum(each) * 2 * self.head_dim
+        Raises:
+            ValueError: for a strategy whose rounds are not steps of keys; ``forward`` and ``areas`` describe those.
+        """
+        if self.strategy not in ("ring", "double_ring"):
+            raise ValueError(f"steps: {self.strategy} has none; see Plan.forward, Plan.backward and Plan.areas")
+        made = schedules(self.problem, double=self.strategy == "double_ring")
+        return tuple(step for each in made for step in each.steps(rank))
 
     @property
     def hash(self) -> str:
         """Hex digest of everything the ranks must agree on; the same in every process."""
-        parts = [
-            f"{each.mask}|{heads}|{each.layout}|{each.world}|{each.length}"
-            for each, heads in zip(self.schedules, self.shares, strict=True)
-        ]
-        parts += [
-            self.strategy,
-            str(self.heads),
-            str(self.kv_heads),
-            str(self.head_dim),
-            str(self.dtype),
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return digest(self.problem, self.strategy)
+
+    def __repr__(self) -> str:
+        """Say what is planned in one line."""
+        return f"Plan({self.strategy}, {self.problem.world} ranks, {self.problem.length} tokens, {self.problem.layout})"
+
+
+def digest(problem: Problem, strategy: str) -> str:
+    """Return a hex digest of a problem and its strategy; the same in every process."""
+    p = problem
+    words = [f"{part.mask}|{part.rows}|{part.heads}" for part in p.parts]
+    words += [f"{p.layout}|{p.kv_layout}|{p.mesh}|{p.length}|{p.batch}|{p.heads}|{p.kv_heads}|{p.head_dim}"]
+    words += [f"{p.dtype}|{p.wired}|{p.keep}|{p.first_kv_head}|{p.total_kv_heads}|{strategy}"]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def plan(
     mask: Mask,
     layout: Layout,
     *,
-    world: int,
+    world: int | tuple[int, int],
     length: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
     strategy: str = "ring",
+    kv_layout: Layout | None = None,
+    gradient_dtype: torch.dtype | None = None,
+    keep: bool = False,
+    costs: Costs | None = None,
 ) -> Plan:
     """Plan attention over a sequence of ``length`` tokens on ``world`` ranks, without a process group.
 
     Args:
         mask: one expression; Documents with a boundary list per batch row give a plan that sums over the rows, and
             masks that differ by head one that sums over the heads.
-        layout: who holds which tokens.
-        world: ranks; length: global tokens; heads, kv_heads, head_dim: of the model; dtype: of q, k and v.
-        strategy: "ring" ("auto" takes it: it is the only one).
+        layout: who holds which tokens; kv_layout: which keys and values, where they are shared out otherwise.
+        world: ranks, or (nodes, ranks in a node); length: global tokens.
+        heads, kv_heads, head_dim: of the model; dtype: of q, k and v.
+        strategy: as in ``attention``.
+        gradient_dtype: of dK and dV on their way; None: fp32 (fp64 for fp64).
+        costs: what "auto" reckons with; None: typical CUDA nodes.
+        keep: (out, lse) are kept under activation checkpointing: the backward starts from this rank's rows alone.
 
     Raises:
         ValueError: names the argument, its value and the rule.
@@ -101,14 +144,14 @@ def plan(
         raise ValueError(
             f"heads: {heads} query heads cannot share {kv_heads} KV heads; heads must be a multiple of them"
         )
-    if world < 1:
+    mesh = world if isinstance(world, tuple) else (world,)
+    if min(mesh) < 1:
         raise ValueError(f"world: {world} must be at least 1")
-    parts = parts_of(mask, row_count(mask) or 1, kv_heads)
-    schedules = tuple(schedule(part.mask, layout, world, length) for part in parts)
-    return Plan(schedules, tuple(part.share for part in parts), "ring", heads, kv_heads, head_dim, dtype)
-
-
-def check_strategy(strategy: str) -> None:
-    """Raise ValueError for a strategy that does not exist."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    batch = row_count(mask) or 1
+    parts = parts_of(mask, batch, kv_heads)
+    for part in parts:
+        part.mask.check(length)
+    problem = Problem(
+        parts, batch, length, layout, kv_layout or layout, mesh, heads, kv_heads, head_dim, dtype, gradient_dtype, keep
+    )
+    return Plan(problem, *choose(strategy, problem, costs or typical("cuda")))

@@ -1,230 +1,278 @@
 """Who sends which keys to whom, and which (query, key) pairs each rank computes. Integers only, no process group.
 
-The one idea: every key span is cut where the set of ranks that need it changes. A piece then travels neighbour by
-neighbour while each rank on its way needs it, and goes straight to the others, so that a rank receives exactly the keys
-one of its queries sees and does not hold: the lower bound. Gradients of a piece start at the first rank of its chain,
-travel with it, and go home from the last, so they move as often as the piece did.
+The one idea: every key span is cut where the set of ranks that need it changes. Each piece then goes to exactly these
+ranks (``routes``), so that a rank receives the keys one of its queries sees and it does not hold: the lower bound.
+Gradients of a piece move as often as the piece did, and end at its owner.
 
 Causal zigzag falls out: first halves go all the way round clockwise, second halves only down to rank 0 the other way.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
 
+import numpy as np
+
+from ringspan.dist_attn.areas import areas_by_segment
 from ringspan.dist_attn.layout import Layout
-from ringspan.dist_attn.pairs import Pair, pairs_of, without
+from ringspan.dist_attn.moves import Integers
+from ringspan.dist_attn.pairs import without
+from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, one_way, ring, tree
+from ringspan.dist_attn.steps import Hop, Step, steps_of
 from ringspan.kernels.mask import Mask, Span, overlap, union
-from ringspan.kernels.work import Work, work
+
+CHAIN, TREE, AHEAD, BEHIND = range(4)  # kinds of routes: ring, tree, and the halves that go one way round each
+FIELDS = (*LEG, "owner", "segment")
 
 
-class Hop(NamedTuple):
-    """At ``step`` rank ``target`` receives ``span`` from ``source``; its gradient then goes on to ``home``.
+@dataclass(frozen=True, eq=False)
+class Hops:
+    """All hops of a schedule as columns of equal length, and the key segments that they move.
 
-    ``home`` is the next rank of the chain, or the owner after the last; ``first`` marks where the gradient starts.
+    Columns are ``Hop``'s fields; ``segment`` i is the keys ``points[i]`` to ``points[i + 1]``.
     """
 
-    step: int
-    source: int
-    target: int
-    owner: int
-    span: Span
-    home: int
-    first: bool
+    table: Integers  # [hops, len(FIELDS)]
+    points: Integers
 
-
-@dataclass(frozen=True)
-class Arrival:
-    """Key spans that come from ``peer`` in one message (or the rank's own), and what is computed on them."""
-
-    peer: int
-    hops: tuple[Hop, ...]
-    work: Work
+    def __getattr__(self, name: str) -> Integers:
+        """Return a column."""
+        if name not in FIELDS:
+            raise AttributeError(name)
+        return self.table[:, FIELDS.index(name)]
 
     @property
-    def rows(self) -> int:
-        """Key rows in the message."""
-        return self.work.columns
+    def rows(self) -> Integers:
+        """Key rows of each hop."""
+        return np.diff(self.points)[self.table[:, -1]]
 
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """All (query span, key span, full) in global positions."""
-        return pairs_of(self.work.mask, self.work.queries, self.work.keys)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of one rank: what arrives for it, what leaves while it computes, and its pairs.
-
-    ``number`` 0 computes on the rank's own keys. ``sends`` maps a peer to the hops that leave so as to arrive for this
-    step; ``gradients`` maps a peer to the hops whose dK, dV leave after this step's backward; ``returns`` maps a peer
-    to the hops whose dK, dV come in during that same round.
-    """
-
-    number: int
-    own: Arrival | None
-    arrivals: tuple[Arrival, ...]
-    sends: tuple[tuple[int, tuple[Hop, ...]], ...]
-    gradients: tuple[tuple[int, tuple[Hop, ...]], ...]
-    returns: tuple[tuple[int, tuple[Hop, ...]], ...]
-
-    @property
-    def computed(self) -> tuple[Arrival, ...]:
-        """The keys this step computes on: the rank's own, or what arrived."""
-        return (self.own,) if self.own else self.arrivals
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """All (query span, key span, full) of this step, in global positions."""
-        return tuple(pair for arrival in self.computed for pair in arrival.pairs)
+    def select(self, chosen: np.ndarray) -> list[Hop]:
+        """Return some hops (a boolean or index array) as values, ordered by step, source, target and keys."""
+        some = self.table[chosen]
+        some = some[np.lexsort([some[:, FIELDS.index(key)] for key in ("segment", "target", "source", "step")])]
+        spans = zip(self.points[some[:, -1]].tolist(), self.points[some[:, -1] + 1].tolist(), strict=True)
+        return [Hop._make([*row[:-1], Span(*span)]) for row, span in zip(some.tolist(), spans, strict=True)]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of every rank for one sequence (one batch row). Made by ``schedule``."""
+    """The steps of every rank for one sequence (one batch row, heads of one mask). Made by ``schedule``."""
 
     mask: Mask
     layout: Layout
-    world: int
+    kv_layout: Layout
+    mesh: tuple[int, ...]
     length: int
-    hops: tuple[Hop, ...]
+    needs: tuple[tuple[Span, ...], ...] = field(compare=False, repr=False)  # of each rank: keys seen and not held
+    columns: Hops = field(compare=False, repr=False)
     _steps: dict[int, tuple[Step, ...]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def world(self) -> int:
+        """Ranks that share the sequence."""
+        return int(np.prod(self.mesh))
+
+    @cached_property
+    def hops(self) -> tuple[Hop, ...]:
+        """All hops as values; for small worlds."""
+        return tuple(self.columns.select(np.ones(len(self.columns.table), dtype=bool)))
+
     def spans(self, rank: int) -> tuple[Span, ...]:
-        """Return the global spans ``rank`` holds."""
+        """Return the query spans ``rank`` holds."""
         return self.layout.spans(rank, self.world, self.length)
+
+    def kv_spans(self, rank: int) -> tuple[Span, ...]:
+        """Return the key spans ``rank`` holds."""
+        return self.kv_layout.spans(rank, self.world, self.length)
 
     def steps(self, rank: int) -> tuple[Step, ...]:
         """Return the ordered steps of ``rank``; steps in which it does nothing are left out."""
         if rank not in self._steps:
-            self._steps[rank] = _steps(self, rank)
+            columns = self.columns
+            mine = (columns.target == rank) | (columns.source == rank) | (columns.home == rank)
+            hops = columns.select(mine)
+            self._steps[rank] = steps_of(self.mask, rank, self.spans(rank), self.kv_spans(rank), hops)
         return self._steps[rank]
 
     def received_rows(self, rank: int) -> int:
         """Return key rows that arrive at ``rank`` in the forward pass."""
-        return sum(hop.span.size for hop in self.hops if hop.target == rank)
+        return int(self.columns.rows[self.columns.target == rank].sum())
 
     def returned_rows(self, rank: int) -> int:
         """Return rows of dK, dV that arrive at ``rank`` in the backward pass."""
-        return sum(hop.span.size for hop in self.hops if hop.home == rank)
+        return int(self.columns.rows[self.columns.home == rank].sum())
 
     def needed_rows(self, rank: int) -> int:
         """Return key rows some query of ``rank`` sees and it does not hold: the lower bound."""
-        return sum(span.size for span in _needs(self.mask, self.layout, rank, self.world, self.length))
+        return sum(span.size for span in self.needs[rank])
 
     def area(self, rank: int) -> int:
         """Return the live (query, key) pairs of ``rank``."""
-        return sum(arrival.work.area for step in self.steps(rank) for arrival in step.computed)
+        return int(self.areas[:, rank].sum())
+
+    @cached_property
+    def areas(self) -> Integers:
+        """Live pairs of each step and rank: [steps, world]."""
+        columns, world = self.columns, self.world
+        found = np.zeros((int(columns.step.max(initial=0)) + 1, world), dtype=np.int64)
+        order = np.argsort(columns.target, kind="stable")
+        edges = np.searchsorted(columns.target[order], np.arange(world + 1))
+        for rank in range(world):
+            queries = self.spans(rank)
+            by_segment = areas_by_segment(self.mask, queries, columns.points)
+            mine = columns.table[order[edges[rank] : edges[rank + 1]]]
+            np.add.at(found[:, rank], mine[:, FIELDS.index("step")], by_segment[mine[:, -1]])
+            found[0, rank] += by_segment[_inside(columns.points, self.kv_spans(rank))].sum()
+        return found
 
 
 @lru_cache(maxsize=256)
-def schedule(mask: Mask, layout: Layout, world: int, length: int) -> Schedule:
+def schedule(
+    mask: Mask, layout: Layout, world: int | tuple[int, int], length: int, kv_layout: Layout | None = None
+) -> Schedule:
     """Plan the ring for one sequence. Pure: the same arguments give the same steps on every rank.
+
+    Args:
+        mask: without heads and rows of its own.
+        layout: who holds which queries; kv_layout: which keys (None: the same).
+        world: ranks, or (nodes, ranks in a node) for the double ring.
+        length: global tokens.
 
     Raises:
         ValueError: if the mask does not fit ``length``.
     """
     mask.check(length)
-    held = [layout.spans(rank, world, length) for rank in range(world)]
-    needs = [_needs(mask, layout, rank, world, length) for rank in range(world)]
-    hops = [
-        hop
-        for owner in range(world)
-        for span, needers in _pieces(held[owner], owner, needs)
-        for hop in _route(owner, span, needers, world)
-    ]
-    return Schedule(mask, layout, world, length, tuple(sorted(hops, key=_order)))
+    mesh = world if isinstance(world, tuple) else (world,)
+    kv_layout, ranks = kv_layout or layout, int(np.prod(mesh))
+    held = [kv_layout.spans(rank, ranks, length) for rank in range(ranks)]
+    needs = tuple(_needs(mask, layout.spans(rank, ranks, length), held[rank], length) for rank in range(ranks))
+    owners, segments, wanted = _pieces(held, needs)
+    return Schedule(mask, layout, kv_layout, mesh, length, needs, _hops(owners, segments, wanted, mesh))
 
 
-def _order(hop: Hop) -> tuple[int, int, int, Span]:
-    """Messages hold their pieces by position, whoever owns them: key spans of a kernel call ascend."""
-    return hop.step, hop.source, hop.target, hop.span
-
-
-def _needs(mask: Mask, layout: Layout, rank: int, world: int, length: int) -> tuple[Span, ...]:
-    held = layout.spans(rank, world, length)
-    seen = union(span for own in held for cut in mask.cuts(own) for span in mask.reach(cut))
+def _needs(mask: Mask, queries: Sequence[Span], held: Sequence[Span], length: int) -> tuple[Span, ...]:
+    seen = union(span for own in queries for cut in mask.cuts(own) for span in mask.reach(cut))
     return without(overlap(seen, [Span(0, length)]), union(held))
 
 
-def _pieces(held: Sequence[Span], owner: int, needs: Sequence[tuple[Span, ...]]) -> list[tuple[Span, frozenset[int]]]:
-    """Cut the owner's spans wherever the set of ranks that need them changes."""
-    wanted = {rank: overlap(held, need) for rank, need in enumerate(needs) if rank != owner}
-    pieces: list[tuple[Span, frozenset[int]]] = []
-    for span in held:
-        inside = {rank: overlap([span], spans) for rank, spans in wanted.items()}
-        points = sorted({point for spans in inside.values() for part in spans for point in part})
-        for start, stop in zip(points, points[1:], strict=False):
-            needers = frozenset(r for r, spans in inside.items() if overlap(spans, [Span(start, stop)]))
-            if needers:
-                pieces.append((Span(start, stop), needers))
-    return pieces
+def _pieces(held: Sequence[Sequence[Span]], needs: Sequence[Sequence[Span]]) -> tuple[Integers, Integers, np.ndarray]:
+    """Cut the keys wherever the owner or the set of ranks that need them changes.
+
+    Returns:
+        owners [M], segments [M, 2], wanted [M, world] (bool), of pieces in ascending order; also unwanted ones.
+    """
+    world = len(held)
+    kept = np.array([(*span, rank) for rank, spans in enumerate(held) for span in spans], dtype=np.int64).reshape(-1, 3)
+    kept = kept[np.argsort(kept[:, 0])]
+    asked = np.array([(*span, rank) for rank, spans in enumerate(needs) for span in spans], dtype=np.int64)
+    asked = asked.reshape(-1, 3)
+    points = np.unique(np.concatenate([kept[:, :2].ravel(), asked[:, :2].ravel()]))
+    if not len(points):
+        return np.zeros(0, np.int64), np.zeros((0, 2), np.int64), np.zeros((0, world), bool)
+    change = np.zeros((len(points), world), dtype=np.int8)
+    np.add.at(change, (np.searchsorted(points, asked[:, 0]), asked[:, 2]), 1)
+    np.add.at(change, (np.searchsorted(points, asked[:, 1]), asked[:, 2]), -1)
+    wanted = change.cumsum(0, dtype=np.int8)[:-1].astype(bool)
+    span_of = np.searchsorted(kept[:, 0], points[:-1], side="right") - 1
+    # Neighbours of one owner's span that the same ranks need are one piece.
+    fresh = np.ones(len(points) - 1, dtype=bool)
+    fresh[1:] = (span_of[1:] != span_of[:-1]) | (wanted[1:] != wanted[:-1]).any(1)
+    starts = np.flatnonzero(fresh)
+    stops = np.append(starts[1:], len(points) - 1)
+    return kept[span_of[starts], 2], np.stack([points[starts], points[stops]], 1), wanted[starts]
 
 
-def _route(owner: int, span: Span, needers: frozenset[int], world: int) -> list[Hop]:
-    """Chain by neighbours each way while every rank needs the piece; send the rest directly."""
-    chains = [_chain(owner, needers, world, +1)]
-    left = needers - set(chains[0])
-    chains.append(_chain(owner, left, world, -1))
-    left -= set(chains[1])
-    hops: list[Hop] = []
-    for chain in chains:
-        for index, target in enumerate(chain):
-            source = chain[index - 1] if index else owner
-            home = chain[index + 1] if index + 1 < len(chain) else owner
-            hops.append(Hop(index + 1, source, target, owner, span, home, index == 0))
-    for target in sorted(left):
-        distance = min((target - owner) % world, (owner - target) % world)
-        hops.append(Hop(distance, owner, target, owner, span, owner, True))
-    return hops
+def _hops(owners: Integers, segments: Integers, wanted: np.ndarray, mesh: tuple[int, ...]) -> Hops:
+    """Route every piece; pieces of one owner, one set of ranks and one kind share a route."""
+    world, rows, count = int(np.prod(mesh)), segments[:, 1] - segments[:, 0], wanted.sum(1)
+    kind = np.where((rows <= SMALL_ROWS) & (count >= MANY_RANKS), TREE, CHAIN)
+    routes, pattern = _routes(owners, wanted, kind, mesh)
+    for_all = (kind == CHAIN) & (count == world - 1) & (rows > SMALL_ROWS)
+    if for_all.any() and mesh[0] > 2 and _one_sided(routes, np.bincount(pattern, rows, len(routes)), mesh):
+        middle = segments.sum(1)[for_all] // 2
+        twice = 1 + for_all
+        segments, owners, wanted, kind = (np.repeat(x, twice, axis=0) for x in (segments, owners, wanted, kind))
+        first = np.flatnonzero(np.repeat(for_all, twice))[::2]
+        segments[first, 1], segments[first + 1, 0] = middle, middle
+        kind[first], kind[first + 1] = AHEAD, BEHIND
+        routes, pattern = _routes(owners, wanted, kind, mesh)
+    return _laid_out(routes, pattern, owners, segments)
 
 
-def _chain(owner: int, needers: frozenset[int], world: int, direction: int) -> list[int]:
-    chain: list[int] = []
-    rank = (owner + direction) % world
-    while rank in needers and rank != owner:
-        chain.append(rank)
-        rank = (rank + direction) % world
-    return chain
+def _routes(
+    owners: Integers, wanted: np.ndarray, kind: Integers, mesh: tuple[int, ...]
+) -> tuple[list[Integers], Integers]:
+    """Return the distinct routes, and which of them each piece takes."""
+    key = np.concatenate([owners[:, None], kind[:, None], np.packbits(wanted, axis=1)], 1)
+    _, firsts, pattern = np.unique(key, axis=0, return_index=True, return_inverse=True)
+    routes = [_route(int(kind[i]), int(owners[i]), np.flatnonzero(wanted[i]), mesh) for i in firsts]
+    return routes, pattern.ravel()
 
 
-def _steps(plan: Schedule, rank: int) -> tuple[Step, ...]:
-    """Collect one rank's part of the hops and work out its tiles."""
-    arrivals: dict[int, dict[int, list[Hop]]] = defaultdict(lambda: defaultdict(list))
-    sends: dict[int, dict[int, list[Hop]]] = defaultdict(lambda: defaultdict(list))
-    gradients: dict[int, dict[int, list[Hop]]] = defaultdict(lambda: defaultdict(list))
-    returns: dict[int, dict[int, list[Hop]]] = defaultdict(lambda: defaultdict(list))
-    for hop in plan.hops:
-        if hop.target == rank:
-            arrivals[hop.step][hop.source].append(hop)
-            gradients[hop.step][hop.home].append(hop)
-        if hop.source == rank:
-            sends[hop.step][hop.target].append(hop)
-        if hop.home == rank:
-            returns[hop.step][hop.target].append(hop)
-    held = plan.spans(rank)
-    steps = [Step(0, Arrival(rank, (), work(plan.mask, held, held)), (), (), (), ())]
-    for number in sorted({*arrivals, *sends, *gradients, *returns}):
-        landed: list[Arrival] = []
-        for peer, hops in sorted(arrivals[number].items()):
-            keys = tuple(hop.span for hop in hops)
-            landed.append(Arrival(peer, tuple(hops), work(plan.mask, held, keys)))
-        steps.append(
-            Step(
-                number,
-                None,
-                tuple(landed),
-                _frozen(sends[number]),
-                _frozen(gradients[number]),
-                _frozen(returns[number]),
-            )
-        )
-    return tuple(steps)
+def _route(kind: int, owner: int, needers: Integers, mesh: tuple[int, ...]) -> Integers:
+    if not len(needers):
+        return np.zeros((0, len(LEG)), dtype=np.int64)
+    world = int(np.prod(mesh))
+    if kind == TREE:
+        return tree(owner, needers, world)
+    direction = {CHAIN: 0, AHEAD: 1, BEHIND: -1}[kind]
+    if len(mesh) == 2:
+        return double_ring(owner, needers, *mesh, direction)
+    return one_way(owner, world - 1, world, direction) if direction else ring(owner, needers, world)
 
 
-def _frozen(by_peer: dict[int, list[Hop]]) -> tuple[tuple[int, tuple[Hop, ...]], ...]:
-    return tuple((peer, tuple(hops)) for peer, hops in sorted(by_peer.items()))
+def _one_sided(routes: list[Integers], rows: np.ndarray, mesh: tuple[int, ...]) -> bool:
+    """Return whether almost all rows go round one way, so that links would be idle the other way."""
+    inside = mesh[1] if len(mesh) == 2 else 1
+    ways = np.zeros(2)
+    for legs, moved in zip(routes, rows, strict=True):
+        depart, _, source, target, _, _ = legs.T
+        way = (target // inside - source // inside)[depart != DIRECT] % mesh[0]
+        ways += moved * np.array([(way == 1).sum(), (way == mesh[0] - 1).sum()])
+    return bool(ways.min() < ways.max() / 4)
+
+
+def _laid_out(routes: list[Integers], pattern: Integers, owners: Integers, segments: Integers) -> Hops:
+    """Write the hops of every piece, and let a direct hop leave one step ahead of its target's need."""
+    if len(segments) and (segments[1:, 0] != segments[:-1, 1]).any():
+        raise ValueError("kv_layout: leaves keys without an owner; its ranks' spans must cover the whole sequence")
+    tables = []
+    by_pattern = np.argsort(pattern, kind="stable")
+    edges = np.searchsorted(pattern[by_pattern], np.arange(len(routes) + 1))
+    for number, legs in enumerate(routes):
+        pieces = by_pattern[edges[number] : edges[number + 1]]
+        if len(legs):
+            way = np.tile(legs, (len(pieces), 1))
+            which = np.repeat(pieces, len(legs))
+            tables.append(np.column_stack([way, owners[which], which]))
+    table = np.concatenate(tables) if tables else np.zeros((0, len(FIELDS)), dtype=np.int64)
+    _let_direct_hops_leave_early(table)
+    points = np.append(segments[:, 0], segments[-1:, 1]) if len(segments) else np.zeros(1, dtype=np.int64)
+    return Hops(table, points)
+
+
+def _let_direct_hops_leave_early(table: Integers) -> None:
+    """A direct hop depends on nothing: it is on its way while its target computes what came before."""
+    depart, step, target = (table[:, FIELDS.index(name)] for name in ("depart", "step", "target"))
+    direct = np.flatnonzero(depart == DIRECT)
+    if not len(direct):
+        return
+    steps = int(step.max()) + 1
+    busy = np.zeros((int(target.max()) + 1, steps), dtype=bool)
+    busy[:, 0] = True  # every rank computes its own keys first
+    busy[target, step] = True
+    # For each step the last busy one before it.
+    before = np.maximum.accumulate(np.where(busy, np.arange(steps), 0), axis=1)
+    table[direct, FIELDS.index("depart")] = before[target[direct], step[direct] - 1]
+
+
+def _inside(points: Integers, held: Sequence[Span]) -> np.ndarray:
+    """Return which segments lie in one of the (ascending) spans; none is cut by their edges."""
+    starts = np.array([span.start for span in held], dtype=np.int64)
+    stops = np.array([span.stop for span in held], dtype=np.int64)
+    if not len(held):
+        return np.zeros(len(points) - 1, dtype=bool)
+    at = np.searchsorted(starts, points[:-1], side="right") - 1
+    return (at >= 0) & (points[:-1] < stops[np.maximum(at, 0)])

@@ -24,6 +24,10 @@ class Part:
     groups: int
     mask: Mask
 
+    def __hash__(self) -> int:
+        """Slices have no hash before Python 3.12."""
+        return hash((self.rows.start, self.rows.stop, self.heads, self.groups, self.mask))
+
     @property
     def share(self) -> int:
         """How many KV heads this part has, over all of its batch rows."""

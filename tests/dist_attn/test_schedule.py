@@ -63,9 +63,15 @@ def masks(draw: st.DrawFn, length: int) -> tuple[Mask, torch.Tensor]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Schedule, torch.Tensor]:
-    world, length = draw(st.integers(1, 6)), draw(st.integers(1, 40))
+    """A schedule of a ring or a double ring, keys perhaps shared out otherwise, with the mask's table.
+
+    Lengths beyond ``SMALL_ROWS`` a piece, so that pieces go round the ring, and below, so that they go by trees.
+    """
+    world = draw(st.sampled_from([1, 2, 3, 5, 6, 8, (2, 2), (2, 3), (3, 2), (4, 2), (1, 3), (3, 1)]))
+    length = draw(st.one_of(st.integers(1, 40), st.integers(300, 700)))
     mask, table = draw(masks(length))
-    return schedule(mask, draw(st.sampled_from(LAYOUTS)), world, length), table
+    layout, kv_layout = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([None, *LAYOUTS]))
+    return schedule(mask, layout, world, length, kv_layout), table
 
 
 def held(spans: tuple[Span, ...]) -> list[int]:
@@ -109,6 +115,7 @@ def test_keys_of_a_call_ascend_and_are_the_keys_that_came(case: tuple[Schedule, 
                 if arrival is not step.own:
                     assert keys == tuple(hop.span for hop in arrival.hops)
                     assert arrival.rows == sum(hop.span.size for hop in arrival.hops)
+                    assert step.number == arrival.step > arrival.depart
 
 
 @given(st.data())
@@ -136,7 +143,7 @@ def test_keys_received_are_exactly_the_keys_needed(case: tuple[Schedule, torch.T
     plan_, table = case
     for rank in range(plan_.world):
         mine = held(plan_.spans(rank))
-        needed = set(torch.nonzero(table[mine].any(0)).flatten().tolist()) - set(mine)
+        needed = set(torch.nonzero(table[mine].any(0)).flatten().tolist()) - set(held(plan_.kv_spans(rank)))
         received = [p for hop in plan_.hops if hop.target == rank for p in range(hop.span.start, hop.span.stop)]
         assert sorted(received) == sorted(needed)  # each once
         assert plan_.needed_rows(rank) == plan_.received_rows(rank) == len(needed)
@@ -148,19 +155,56 @@ def test_keys_received_are_exactly_the_keys_needed(case: tuple[Schedule, torch.T
 @given(cases())
 @settings(deadline=None, max_examples=100)
 def test_a_rank_only_sends_what_it_has(case: tuple[Schedule, torch.Tensor]) -> None:
+    """Also gradients: a rank that sends a sum on has added what came for it before."""
     plan_, _ = case
+    by_target = {(hop.target, hop.piece): hop for hop in plan_.hops}
+    assert len(by_target) == len(plan_.hops)
     for hop in plan_.hops:
+        assert hop.depart < hop.step <= hop.back
         if hop.source != hop.owner:
-            came = [
-                h
-                for h in plan_.hops
-                if (h.target, h.owner, h.span, h.step) == (hop.source, hop.owner, hop.span, hop.step - 1)
-            ]
-            assert len(came) == 1
-            assert came[0].home == hop.target  # the gradient goes the same way
-        else:
-            assert hop.first
-            assert hop.step >= 1
+            assert by_target[hop.source, hop.piece].step <= hop.depart
+        if hop.home != hop.owner:
+            onward = by_target[hop.home, hop.piece]
+            assert onward.back > hop.back
+            assert onward.step <= hop.back + 1
+
+
+@given(cases())
+@settings(deadline=None, max_examples=60)
+def test_areas_by_step_are_what_the_steps_compute(case: tuple[Schedule, torch.Tensor]) -> None:
+    plan_, _ = case
+    for rank in range(plan_.world):
+        counted = torch.zeros(len(plan_.areas), dtype=torch.long)
+        for step in plan_.steps(rank):
+            for arrival in step.computed:
+                counted[step.number] += arrival.work.area
+        assert counted.tolist() == plan_.areas[:, rank].tolist()
+
+
+def test_a_double_ring_enters_a_node_once_for_a_piece() -> None:
+    made = schedule(Full(), Contiguous(), (4, 2), 8000)
+    for piece in {hop.piece for hop in made.hops}:
+        mine = [hop for hop in made.hops if hop.piece == piece]
+        entered = sorted(hop.target // 2 for hop in mine if hop.source // 2 != hop.target // 2)
+        returned = sorted(hop.target // 2 for hop in mine if hop.home // 2 != hop.target // 2)
+        others = sorted({0, 1, 2, 3} - {piece[0] // 2})
+        assert entered == returned == others
+
+
+def test_what_every_rank_needs_goes_round_both_ways() -> None:
+    made = schedule(Full(), Contiguous(), 5, 5000)
+    ways = {(hop.target - hop.source) % 5: 0 for hop in made.hops}
+    for hop in made.hops:
+        ways[(hop.target - hop.source) % 5] += hop.span.size
+    assert ways == {1: 4 * 2500, 4: 4 * 2500}
+
+
+def test_a_few_rows_that_all_need_take_as_many_steps_as_the_logarithm() -> None:
+    made = schedule(Causal() & (Window(10) | Sinks(4)), Contiguous(), 64, 64 * 200)
+    sinks = [hop for hop in made.hops if hop.span == Span(0, 4)]
+    assert len(sinks) == 63  # each rank once
+    assert max(hop.step for hop in sinks) == 6
+    assert sum(hop.home == 0 for hop in sinks) == 6  # summed on the way, not all at the owner
 
 
 def test_causal_zigzag_saves_a_quarter_and_balances() -> None:

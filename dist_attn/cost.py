@@ -1,0 +1,181 @@
+"""How long a plan takes: bytes, FLOPs, links and kernel rates in, seconds out; overlap included.
+
+Every rank goes through its rounds: it waits for what a round needs, sends what leaves, computes. A transfer begins when
+both sides have come to its round and its link is free in that direction; what leaves a rank at once shares the link.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ringspan.dist_attn.moves import Integers, Transfers
+
+FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # a live pair, head and feature: two products forward, five backward
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One level of the network, as one rank sees it.
+
+    Args:
+        latency: seconds a message takes besides its bytes.
+        bandwidth: bytes a second, each direction.
+        duplex: whether both directions go at once.
+    """
+
+    latency: float
+    bandwidth: float
+    duplex: bool = True
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Speeds that a prediction reckons with.
+
+    Args:
+        links: of each level: between ranks of a node, then between nodes (one level: the same everywhere).
+        ranks_per_node: neighbours in rank order share a node.
+        forward, backward: FLOP/s of the attention kernel.
+        call: seconds of one round's kernel calls besides their FLOPs.
+        gather_bytes: the most that "auto" lets a strategy hold of other ranks' keys and values at once.
+        source: where the figures come from, for messages.
+    """
+
+    links: tuple[Link, ...]
+    ranks_per_node: int
+    forward: float
+    backward: float
+    call: float = 0.0
+    gather_bytes: int = 1 << 30
+    source: str = "given"
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Costs:
+        """Read what ``save`` or ``benchmarks/links.py`` wrote."""
+        return cls.of(json.loads(path.read_text()))
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Costs:
+        """Build from plain values.
+
+        Raises:
+            ValueError: for a value that is missing or unknown.
+        """
+        try:
+            links = tuple(Link(**link) for link in values["links"])
+            return cls(**{**values, "links": links})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"costs: {error}; the fields are those of cost.Costs") from error
+
+
+def typical(device: str) -> Costs:
+    """Return round figures for a device type, to compare strategies with where nothing was measured."""
+    if device == "cuda":  # NVLink inside nodes of eight, a 400 Gbit/s NIC per GPU between them, an H100-class kernel
+        links = (Link(8e-6, 300e9), Link(20e-6, 45e9))
+        return Costs(links, 8, forward=450e12, backward=330e12, call=10e-6, source="typical figures of CUDA nodes")
+    links = (Link(100e-6, 1.5e9),)
+    return Costs(links, 1 << 30, forward=50e9, backward=40e9, call=100e-6, source="typical figures of CPU ranks")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long one pass takes.
+
+    Args:
+        seconds: until the last rank is done.
+        compute: of the rank that computes longest.
+        exposed: what the exchange adds: ``seconds - compute``.
+        starts, ends: [rounds, world]: when each rank begins a round, and has computed it.
+    """
+
+    seconds: float
+    compute: float
+    exposed: float
+    starts: Floats
+    ends: Floats
+
+
+def predict(transfers: Transfers, areas: Integers, head_dim: int, costs: Costs, *, backward: bool) -> Prediction:
+    """Predict one pass of one call.
+
+    Args:
+        transfers, areas: of the plan's ``Moves``.
+        head_dim: features of a head.
+        costs: speeds.
+        backward: which pass ``transfers`` belongs to.
+    """
+    rounds = max(len(areas), int(transfers.arrive.max(initial=0)) + 1)
+    areas = np.pad(areas, ((0, rounds - len(areas)), (0, 0)))
+    world = areas.shape[1]
+    rate = costs.backward if backward else costs.forward
+    work = areas * ((BACKWARD_FLOPS if backward else FORWARD_FLOPS) * head_dim / rate) + costs.call * (areas > 0)
+    ready = np.zeros((rounds + 1, world))
+    starts, ends = np.zeros((rounds, world)), np.zeros((rounds, world))
+    wires = _Wires(costs, world)
+    order = np.argsort(transfers.depart, kind="stable")
+    edges = np.searchsorted(transfers.depart[order], np.arange(rounds + 1))
+    for number in range(rounds):
+        starts[number] = np.maximum(ready[number], ends[number - 1] if number else 0.0)
+        leaving = order[edges[number] : edges[number + 1]]
+        if len(leaving):
+            sides = transfers.source[leaving], transfers.target[leaving]
+            done = wires.send(*sides, transfers.bytes[leaving], starts[number])
+            for side in sides:  # the sender too goes on only when its message has left
+                np.maximum.at(ready, (transfers.arrive[leaving], side), done)
+        ends[number] = starts[number] + work[number]
+    seconds = float(max(ends[-1].max(initial=0.0), ready.max(initial=0.0)))
+    compute = float(work.sum(0).max(initial=0.0))
+    return Prediction(seconds, compute, seconds - compute, starts, ends)
+
+
+class _Wires:
+    """When each rank's links are free, by level and direction."""
+
+    def __init__(self, costs: Costs, world: int) -> None:
+        self.costs = costs
+        self.out = np.zeros((len(costs.links), world))
+        self.back = np.zeros((len(costs.links), world))
+
+    def send(self, source: Integers, target: Integers, size: Integers, now: Floats) -> Floats:
+        """Return when each of these transfers, posted in one round, is done."""
+        costs, done = self.costs, np.zeros(len(source))
+        apart = (source // costs.ranks_per_node != target // costs.ranks_per_node).astype(np.int64)
+        level = np.minimum(apart, len(costs.links) - 1)
+        for number, link in enumerate(costs.links):
+            some = level == number
+            if not some.any():
+                continue
+            a, b, taken = source[some], target[some], size[some] / link.bandwidth
+            posted = np.maximum(now[a], now[b])
+            done[some] = self._level(number, link, a, b, taken, posted)
+        return done
+
+    def _level(self, number: int, link: Link, a: Integers, b: Integers, taken: Floats, posted: Floats) -> Floats:
+        out, back = self.out[number], self.back[number]
+        begin_out, begin_back = out.copy(), back.copy()
+        np.maximum.at(begin_out, a, posted)
+        np.maximum.at(begin_back, b, posted)
+        if not link.duplex:
+            begin_out = begin_back = np.maximum(begin_out, begin_back)
+        end_out, end_back = begin_out.copy(), begin_back.copy()
+        np.add.at(end_out, a, taken)
+        np.add.at(end_back, b, taken)
+        if not link.duplex:
+            end_out = end_back = end_out + end_back - begin_out
+        used_out, used_back = np.unique(a), np.unique(b)
+        out[used_out], back[used_back] = end_out[used_out], end_back[used_back]
+        if not link.duplex:
+            out[used_back], back[used_out] = end_out[used_back], end_back[used_out]
+        return np.maximum(end_out[a], end_back[b]) + link.latency

@@ -1,0 +1,67 @@
+"""What the ring moves and computes, for all ranks, from its schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringspan.dist_attn.moves import Integers, Transfers
+from ringspan.dist_attn.problem import Problem
+from ringspan.dist_attn.schedule import Schedule, schedule
+
+
+def schedules(problem: Problem, *, double: bool = False) -> tuple[Schedule, ...]:
+    """Return the (cached) schedule of each part: rows and heads of one mask."""
+    world = (problem.mesh[0], problem.mesh[1]) if double else problem.world
+    return tuple(
+        schedule(part.mask, problem.layout, world, problem.length, problem.kv_layout) for part in problem.parts
+    )
+
+
+@dataclass(frozen=True)
+class RingMoves:
+    """See ``moves.Moves``; parts run one after the other, so their rounds follow each other."""
+
+    problem: Problem
+    schedules: tuple[Schedule, ...]
+
+    def transfers(self, *, backward: bool) -> Transfers:
+        """K and V out; backward also dK and dV, which leave once a step is computed."""
+        problem, found, base = self.problem, [], 0
+        for part, made in zip(problem.parts, self.schedules, strict=True):
+            hops, elements = made.columns, 2 * part.share * problem.head_dim
+            keys = hops.rows * elements * problem.dtype.itemsize
+            found.append(Transfers(hops.depart + base, hops.step + base, hops.source, hops.target, keys))
+            if backward:
+                back = hops.back + 1 + base
+                size = hops.rows * elements * problem.wired.itemsize
+                found.append(Transfers(back, back + 1, hops.target, hops.home, size))  # added after the next step
+            base += _rounds(made)
+        return Transfers.join(found)
+
+    def areas(self) -> Integers:
+        """Live pairs, times query heads and batch rows: [rounds, world]."""
+        ratio = self.problem.ratio
+        found = []
+        for part, made in zip(self.problem.parts, self.schedules, strict=True):
+            idle = ((0, _rounds(made) - len(made.areas)), (0, 0))
+            found.append(np.pad(made.areas * (part.share * ratio), idle))
+        return np.concatenate(found)
+
+    def lower_bound(self, rank: int) -> int:
+        """Bytes of the key and value rows that ``rank`` needs and does not hold."""
+        rows = (
+            made.needed_rows(rank) * part.share for part, made in zip(self.problem.parts, self.schedules, strict=True)
+        )
+        return sum(rows) * 2 * self.problem.head_dim * self.problem.dtype.itemsize
+
+
+def _rounds(made: Schedule) -> int:
+    """Return the rounds of one part: all steps, and the last gradients home."""
+    return int(max(made.columns.step.max(initial=0), made.columns.back.max(initial=-1) + 2)) + 1
+
+
+def moves(problem: Problem, *, double: bool = False) -> RingMoves:
+    """Plan the ring, or the double ring of a 2-D mesh."""
+    return RingMoves(problem, schedules(problem, double=double))
