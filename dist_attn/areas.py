@@ -69,3 +69,26 @@ def _below(strips: Integers, points: Integers) -> Integers:
 def _ramp(start: Integers, stop: Integers) -> Integers:
     """Return the sum of the integers from start to stop, exclusive."""
     return (stop - start) * (start + stop - 1) // 2
+
+
+def halving_row(mask: Mask, queries: Sequence[Span], keys: Sequence[Span], block: int) -> int:
+    """Return how many of ``keys``' rows, a multiple of ``block``, hold about half of the live pairs; 0 where none do.
+
+    Args:
+        mask, queries: as for ``areas_by_segment``.
+        keys: ascending, disjoint spans, whose rows lie end to end.
+        block: where a cut may be.
+    """
+    cuts = [range(span.start, span.stop, block) for span in keys]
+    points = np.array(sorted({point for cut in cuts for point in cut} | {p for span in keys for p in span}))
+    if len(points) < 3:
+        return 0
+    areas = areas_by_segment(mask, queries, points)
+    held = np.zeros(len(points) - 1, dtype=bool)
+    for span in keys:
+        held |= (points[:-1] >= span.start) & (points[1:] <= span.stop)
+    done = np.append(0, (areas * held).cumsum())
+    rows = np.append(0, (np.diff(points) * held).cumsum())
+    inner = slice(1, len(points) - 1)
+    best = 1 + int(np.abs(done[inner] * 2 - done[-1]).argmin())
+    return int(rows[best]) if 0 < done[best] < done[-1] else 0

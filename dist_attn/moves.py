@@ -54,8 +54,8 @@ class Moves(Protocol):
         """Return all transfers of the forward pass, or of the backward pass."""
         ...
 
-    def areas(self) -> Integers:
-        """Return [rounds, world]: live (query, key) pairs, times query heads and batch rows, of each round."""
+    def areas(self, *, backward: bool = False) -> Integers:
+        """Return [rounds, world]: live pairs, times query heads and batch rows, of each round of a pass."""
         ...
 
     def lower_bound(self, rank: int) -> int:

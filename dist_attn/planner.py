@@ -53,6 +53,11 @@ class Plan:
         """Live pairs, times query heads and batch rows, of each round and rank: [rounds, world]."""
         return self.moves.areas()
 
+    @cached_property
+    def backward_areas(self) -> Integers:
+        """The same of the backward pass, whose rounds may hold other pairs; the sums by rank are equal."""
+        return self.moves.areas(backward=True)
+
     def received_bytes(self, rank: int, *, backward: bool = False) -> int:
         """Return payload bytes that arrive at ``rank`` in the forward pass, or in the backward pass."""
         return (self.backward if backward else self.forward).received(rank)
@@ -74,8 +79,8 @@ class Plan:
 
     def seconds(self, costs: Costs, *, backward: bool = False) -> Prediction:
         """Predict how long the forward or the backward pass takes."""
-        transfers = self.backward if backward else self.forward
-        return predict(transfers, self.areas, self.problem.head_dim, costs, backward=backward)
+        transfers, areas = (self.backward, self.backward_areas) if backward else (self.forward, self.areas)
+        return predict(transfers, areas, self.problem.head_dim, costs, backward=backward)
 
     def steps(self, rank: int) -> tuple[Step, ...]:
         """Return the ring's steps of ``rank``, one plan after the other where batch rows or heads have their own.

@@ -22,6 +22,7 @@ from ringspan.dist_attn.schedule import Schedule
 from ringspan.kernels.parts import Part
 from ringspan.kernels.select import Backend
 from ringspan.kernels.state import Gradients, Running, Saved, accumulator
+from ringspan.kernels.work import Work
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,23 @@ class Ring:
         courier = Courier(self.channels, self.rank, (number << 32) | (BACKWARD << 24), spans, k, v)
         base = (number << 32) | (GRADIENTS << 24)
         returns = Returns(self.channels, self.rank, base, spans, total.dk, total.dv, self.wire)
+        first, *second = schedule.own_halves(self.rank)
         for step, landed in courier.walk(schedule.steps(self.rank)):
             for arrival, keys, values in landed:
-                mine = total if arrival is step.own else Gradients(total.dq, *returns.part(arrival))
-                self.kernel.backward(mine, saved, keys, values, arrival.work, scale=self.scale)
+                if arrival is step.own:
+                    self._own_keys(first, 0, saved, k, v, total)
+                else:
+                    mine = Gradients(total.dq, *returns.part(arrival))
+                    self.kernel.backward(mine, saved, keys, values, arrival.work, scale=self.scale)
             returns.exchange(step)
+        for half in second:  # while the last gradients are on their way
+            self._own_keys(half, first.columns, saved, k, v, total)
         returns.finish()
+
+    def _own_keys(self, work: Work, row: int, saved: Saved, k: Tensor, v: Tensor, total: Gradients) -> None:
+        """Add the gradients of this rank's own keys from ``row`` on."""
+        k, v, dk, dv = (x.narrow(1, row, work.columns) for x in (k, v, total.dk, total.dv))
+        self.kernel.backward(Gradients(total.dq, dk, dv), saved, k, v, work, scale=self.scale)
 
 
 def executor(problem: Problem, wiring: Wiring, kernel: Backend, scale: float, *, double: bool = False) -> Ring:

@@ -40,13 +40,13 @@ class RingMoves:
             base += _rounds(made)
         return Transfers.join(found)
 
-    def areas(self) -> Integers:
+    def areas(self, *, backward: bool = False) -> Integers:
         """Live pairs, times query heads and batch rows: [rounds, world]."""
         ratio = self.problem.ratio
         found = []
         for part, made in zip(self.problem.parts, self.schedules, strict=True):
-            idle = ((0, _rounds(made) - len(made.areas)), (0, 0))
-            found.append(np.pad(made.areas * (part.share * ratio), idle))
+            areas = made.backward_areas if backward else made.areas
+            found.append(np.pad(areas * (part.share * ratio), ((0, _rounds(made) - len(areas)), (0, 0))))
         return np.concatenate(found)
 
     def lower_bound(self, rank: int) -> int:

@@ -99,9 +99,8 @@ def _cheapest(problem: Problem, costs: Costs) -> tuple[str, str]:
 
 def seconds_of(moves: Moves, problem: Problem, costs: Costs) -> tuple[float, float]:
     """Return the predicted seconds of the forward and of the backward pass."""
-    areas = moves.areas()
     forward, backward = (
-        predict(moves.transfers(backward=way), areas, problem.head_dim, costs, backward=way).seconds
+        predict(moves.transfers(backward=way), moves.areas(backward=way), problem.head_dim, costs, backward=way).seconds
         for way in (False, True)
     )
     return forward, backward
