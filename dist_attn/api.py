@@ -193,7 +193,8 @@ def run(
         for part in parts:
             part.mask.check(length)
         kernel = select(q.device, q.dtype, q.shape[-1], backend=extras.backend)
-        problem = _problem(q, k, parts, groups, layout or Contiguous(), length, first_kv_head, total_kv_heads, extras)
+        heads = first_kv_head, total_kv_heads
+        problem = _problem(q, k, parts, groups, layout or Contiguous(), length, *heads, extras, sinks is not None)
         chosen = choose(strategy, problem, extras.costs or typical(q.device.type))
     except ValueError as error:
         if groups.world == 1 or extras.agreed:
@@ -201,7 +202,7 @@ def run(
         fault = str(error)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if groups.world > 1 and not extras.agreed:
-        facts = "" if problem is None else _facts(problem, chosen[0], scale, sinks is not None)
+        facts = "" if problem is None else _facts(problem, chosen[0], scale)
         agree(groups.flat, facts, fault)
     assert kernel is not None
     assert problem is not None
@@ -228,6 +229,7 @@ def _problem(
     first_kv_head: int,
     total_kv_heads: int | None,
     extras: Extras,
+    sinks: bool,
 ) -> Problem:
     return Problem(
         parts=parts,
@@ -242,6 +244,7 @@ def _problem(
         dtype=q.dtype,
         wire=_check_wire(extras.gradient_dtype, q.dtype),
         keep=extras.keep,
+        sinks=sinks,
         first_kv_head=first_kv_head,
         total_kv_heads=total_kv_heads,
     )
@@ -259,7 +262,7 @@ def _wiring(groups: Groups, digest: str, extras: Extras) -> Wiring:
     return Wiring(groups.rank, over(groups.flat), over(groups.outer), over(groups.inner))
 
 
-def _facts(problem: Problem, strategy: str, scale: float, sinks: bool) -> str:
+def _facts(problem: Problem, strategy: str, scale: float) -> str:
     p = problem
     masks = "; ".join(
         str(part.mask)
@@ -270,7 +273,8 @@ def _facts(problem: Problem, strategy: str, scale: float, sinks: bool) -> str:
     keys = "" if p.kv_layout == p.layout else f", keys {p.kv_layout}"
     return (
         f"batch {p.batch}, length {p.length}, heads {p.heads}/{p.kv_heads} x {p.head_dim}, {p.dtype}, "
-        f"{p.layout}{keys}, mesh {p.mesh}, {strategy}, gradients {p.wired}, scale {scale}, sinks {sinks}, mask {masks}"
+        f"{p.layout}{keys}, mesh {p.mesh}, {strategy}, gradients {p.wired}, scale {scale}, sinks {p.sinks}, "
+        f"mask {masks}"
     )
 
 

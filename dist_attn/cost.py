@@ -28,7 +28,7 @@ class Link:
     Args:
         latency: seconds a message takes besides its bytes.
         bandwidth: bytes a second, each direction.
-        duplex: whether both directions go at once.
+        duplex: whether two ranks send to each other at once; over one gloo connection they take turns.
     """
 
     latency: float
@@ -85,7 +85,7 @@ def typical(device: str) -> Costs:
     if device == "cuda":  # NVLink inside nodes of eight, a 400 Gbit/s NIC per GPU between them, an H100-class kernel
         links = (Link(8e-6, 300e9), Link(20e-6, 45e9))
         return Costs(links, 8, forward=450e12, backward=330e12, call=10e-6, source="typical figures of CUDA nodes")
-    links = (Link(100e-6, 1.5e9),)
+    links = (Link(100e-6, 1.5e9, duplex=False),)
     return Costs(links, 1 << 30, forward=50e9, backward=40e9, call=100e-6, source="typical figures of CPU ranks")
 
 
@@ -163,19 +163,27 @@ class _Wires:
         return done
 
     def _level(self, number: int, link: Link, a: Integers, b: Integers, taken: Floats, posted: Floats) -> Floats:
-        out, back = self.out[number], self.back[number]
-        begin_out, begin_back = out.copy(), back.copy()
-        np.maximum.at(begin_out, a, posted)
-        np.maximum.at(begin_back, b, posted)
+        """All that one round sends over one level: what leaves a rank shares its link, what comes to it likewise."""
+        ends = []
+        for free, side in ((self.out[number], a), (self.back[number], b)):
+            begin = free.copy()
+            np.maximum.at(begin, side, posted)
+            np.add.at(begin, side, taken)
+            used = np.unique(side)
+            free[used] = begin[used]
+            ends.append(begin[side])
+        done = np.maximum(*ends)
         if not link.duplex:
-            begin_out = begin_back = np.maximum(begin_out, begin_back)
-        end_out, end_back = begin_out.copy(), begin_back.copy()
-        np.add.at(end_out, a, taken)
-        np.add.at(end_back, b, taken)
-        if not link.duplex:
-            end_out = end_back = end_out + end_back - begin_out
-        used_out, used_back = np.unique(a), np.unique(b)
-        out[used_out], back[used_back] = end_out[used_out], end_back[used_back]
-        if not link.duplex:
-            out[used_back], back[used_out] = end_out[used_back], end_back[used_out]
-        return np.maximum(end_out[a], end_back[b]) + link.latency
+            done = np.maximum(done, self._in_turns(a, b, taken, posted))
+            np.maximum.at(self.out[number], a, done)
+            np.maximum.at(self.back[number], b, done)
+        return done + link.latency
+
+    def _in_turns(self, a: Integers, b: Integers, taken: Floats, posted: Floats) -> Floats:
+        """Return when two ranks that send to each other are done, one direction after the other."""
+        world = self.out.shape[1]
+        _, pair = np.unique(np.minimum(a, b) * world + np.maximum(a, b), return_inverse=True)
+        total, latest = np.zeros(pair.max() + 1), np.zeros(pair.max() + 1)
+        np.add.at(total, pair, taken)
+        np.maximum.at(latest, pair, posted)
+        return (latest + total)[pair]

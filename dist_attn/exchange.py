@@ -144,23 +144,14 @@ class Exchange:
         """
         whole = local.new_empty((self.world, *local.shape))
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return whole, self._collective(gather, whole.flatten(0, 1), local, step, local.nbytes)
-
-    def reduce_scatter(self, parts: Tensor, step: str) -> tuple[Tensor, Pending]:
-        """Start summing [world, ...] over the ranks: return row ``rank`` of the sum, whole once ``wait`` returns."""
-        mine = parts.new_empty(parts.shape[1:])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return mine, self._collective(scatter, mine, parts.flatten(0, 1), step, mine.nbytes)
-
-    def _collective(self, call: object, out: Tensor, given: Tensor, step: str, share: int) -> Pending:
         place, peers = self._place(step), f"the other {self.world - 1} ranks"
         try:
-            work = call(out, given, group=self.group, async_op=True)  # pyright: ignore[reportCallIssue]
+            work = gather(whole.flatten(0, 1), local, group=self.group, async_op=True)
         except RuntimeError as error:
             raise _lost(place, peers, 0.0, error) from error
-        moved = (self.world - 1) * share  # what any rank must take in, and the ring algorithms do
+        moved = (self.world - 1) * local.nbytes  # what any rank must take in, and the ring algorithm moves
         self._count(moved, moved, moved, moved)
-        return Pending([(work, peers)], [], place)
+        return whole, Pending([(work, peers)], [], place)
 
     def _count(self, sent: int, sent_wire: int, received: int, received_wire: int) -> None:
         self.traffic.sent_payload += sent

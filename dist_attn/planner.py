@@ -108,7 +108,7 @@ def digest(problem: Problem, strategy: str) -> str:
     p = problem
     words = [f"{part.mask}|{part.rows}|{part.heads}" for part in p.parts]
     words += [f"{p.layout}|{p.kv_layout}|{p.mesh}|{p.length}|{p.batch}|{p.heads}|{p.kv_heads}|{p.head_dim}"]
-    words += [f"{p.dtype}|{p.wired}|{p.keep}|{p.first_kv_head}|{p.total_kv_heads}|{strategy}"]
+    words += [f"{p.dtype}|{p.wired}|{p.keep}|{p.sinks}|{p.first_kv_head}|{p.total_kv_heads}|{strategy}"]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
@@ -126,6 +126,7 @@ def plan(
     kv_layout: Layout | None = None,
     gradient_dtype: torch.dtype | None = None,
     keep: bool = False,
+    sinks: bool = False,
     costs: Costs | None = None,
 ) -> Plan:
     """Plan attention over a sequence of ``length`` tokens on ``world`` ranks, without a process group.
@@ -138,6 +139,7 @@ def plan(
         heads, kv_heads, head_dim: of the model; dtype: of q, k and v.
         strategy: as in ``attention``.
         gradient_dtype: of dK and dV on their way; None: fp32 (fp64 for fp64).
+        sinks: with learned sinks.
         costs: what "auto" reckons with; None: typical CUDA nodes.
         keep: (out, lse) are kept under activation checkpointing: the backward starts from this rank's rows alone.
 
@@ -156,7 +158,6 @@ def plan(
     parts = parts_of(mask, batch, kv_heads)
     for part in parts:
         part.mask.check(length)
-    problem = Problem(
-        parts, batch, length, layout, kv_layout or layout, mesh, heads, kv_heads, head_dim, dtype, gradient_dtype, keep
-    )
+    shape = (batch, length, layout, kv_layout or layout, mesh, heads, kv_heads, head_dim)
+    problem = Problem(parts, *shape, dtype, gradient_dtype, keep, sinks)
     return Plan(problem, *choose(strategy, problem, costs or typical("cuda")))

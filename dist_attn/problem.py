@@ -25,6 +25,7 @@ class Problem:
         wire: dtype of dK and dV on their way; None: the accumulator's (fp32, fp64 for fp64).
         keep: the caller keeps (out, lse) and the forward does not run again before the backward, which therefore has
             nothing but this rank's q, k, v, out and lse.
+        sinks: a learned sink is joined to the results, which therefore stay in the accumulator's dtype until then.
         first_kv_head, total_kv_heads: where these KV heads stand among the model's.
     """
 
@@ -40,6 +41,7 @@ class Problem:
     dtype: torch.dtype
     wire: torch.dtype | None = None
     keep: bool = False
+    sinks: bool = False
     first_kv_head: int = 0
     total_kv_heads: int | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from ringspan.dist_attn import ring, ring_plan
+from ringspan.dist_attn import gather, gather_plan, ring, ring_plan, ulysses, ulysses_plan
 from ringspan.dist_attn.cost import Costs, predict
 from ringspan.dist_attn.executor import Executor, Wiring
 from ringspan.dist_attn.moves import Moves
@@ -58,6 +58,23 @@ TABLE: dict[str, Strategy] = {
         _two_messages,
         "keys and values travel, to each node once, then from rank to rank inside it",
     ),
+    "all_gather": Strategy(
+        gather_plan.moves,
+        gather.executor,
+        gather_plan.refuses,
+        gather_plan.holds,
+        "all keys come to every rank, some heads at a time",
+    ),
+    "ulysses": Strategy(
+        ulysses_plan.moves, ulysses.executor, ulysses_plan.refuses, ulysses_plan.holds, "heads against tokens"
+    ),
+    "ulysses_ring": Strategy(
+        partial(ulysses_plan.moves, inner_moves=ring_plan.moves),
+        partial(ulysses.executor, inner_executor=ring.executor),
+        partial(ulysses_plan.refuses, inner_refuses=_anything),
+        partial(ulysses_plan.holds, inner_holds=_two_messages),
+        "heads against tokens inside a node, keys and values between nodes",
+    ),
 }
 NAMES = ("auto", *TABLE)
 MARGIN = 0.05  # the ring holds the least and sends the least: another strategy must be predicted this much faster
@@ -90,7 +107,9 @@ def _cheapest(problem: Problem, costs: Costs) -> tuple[str, str]:
         return "ring", "ring: one rank holds all tokens"
     seconds: dict[str, float] = {}
     for name, each in TABLE.items():
-        if each.refuses(problem) is None and each.holds(problem) <= costs.gather_bytes:
+        if each.refuses(problem):
+            continue
+        if name == "ring" or each.holds(problem) <= costs.gather_bytes:
             seconds[name] = sum(seconds_of(each.moves(problem), problem, costs))
     best = min(seconds, key=lambda name: seconds[name] * (1 if name == "ring" else 1 + MARGIN))
     others = ", ".join(f"{name} {1e3 * time:.2f}" for name, time in seconds.items() if name != best)

@@ -1,0 +1,114 @@
+"""Ranks as threads of one process, or as gloo processes, wired up for any strategy.
+
+Threads run the real executors; only the wire is replaced, by a mailbox for each pair of ranks and for each collective.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from queue import Queue
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from ringspan.dist_attn.exchange import Exchange, Pending, Traffic
+from ringspan.dist_attn.executor import Wiring
+from ringspan.parallel.testing import run_ranks
+
+TIMEOUT_S = 60
+
+
+@dataclass
+class Post:
+    """The wires of one world of threads."""
+
+    boxes: dict[Any, "Queue[Tensor]"] = field(default_factory=lambda: defaultdict(Queue))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def box(self, *address: Any) -> "Queue[Tensor]":
+        with self.lock:
+            return self.boxes[address]
+
+
+class Mail(Exchange):
+    """An exchange of some of the threads."""
+
+    def __init__(self, post: Post, name: str, rank: int, world: int, traffic: Traffic) -> None:
+        self.letters, self.name = post, name
+        self.rank, self.world, self.traffic, self.debug = rank, world, traffic, True
+        self._digest, self._label, self.collectives = (1, 2), 0, 0
+
+    @override
+    def post(self, round_id: int, sends: Any, receives: Any) -> Pending:
+        for peer, message in sends:
+            message.label(self._header(round_id, self.rank, peer, message))
+            self.letters.box(self.name, self.rank, peer).put(message.buffer.clone())
+        expected = [(peer, message, self._header(round_id, peer, self.rank, message)) for peer, message in receives]
+        self.traffic.received_payload += sum(message.payload_bytes for _, message in receives)
+        works: Any = [
+            (Letter(self.letters.box(self.name, peer, self.rank), message.buffer), f"rank {peer}")
+            for peer, message in receives
+        ]
+        return Pending(works, expected, f"rank {self.rank}")
+
+    @override
+    def all_gather(self, local: Tensor, step: str) -> tuple[Tensor, Pending]:
+        self.collectives += 1
+        gathered = local.new_empty((self.world, *local.shape))
+        boxes = [
+            [self.letters.box(self.name, self.collectives, a, b) for b in range(self.world)] for a in range(self.world)
+        ]
+        for box in boxes[self.rank]:
+            box.put(local.clone())
+        self.traffic.received_payload += (self.world - 1) * local.nbytes
+        works: Any = [(Letter(boxes[a][self.rank], gathered[a]), f"rank {a}") for a in range(self.world)]
+        return gathered, Pending(works, [], step)
+
+
+class Letter:
+    """Something on its way, with the one method of a ``dist.Work`` that is used."""
+
+    def __init__(self, box: "Queue[Tensor]", buffer: Tensor) -> None:
+        self.box, self.buffer = box, buffer
+
+    def wait(self) -> None:
+        self.buffer.copy_(self.box.get(timeout=TIMEOUT_S))
+
+
+def threads(mesh: tuple[int, ...], fn: Callable[[Wiring, Traffic], Any]) -> list[Any]:
+    """Call ``fn`` on a thread per rank, and return what each returned."""
+    post, world = Post(), prod(mesh)
+
+    def rank(number: int) -> Any:
+        traffic = Traffic()
+        mail = lambda name, at, size: Mail(post, name, at, size, traffic) if size > 1 else None  # noqa: E731
+        outer = inner = None
+        if len(mesh) == 2:
+            node, place = divmod(number, mesh[1])
+            outer, inner = mail(f"outer {place}", node, mesh[0]), mail(f"inner {node}", place, mesh[1])
+        return fn(Wiring(number, mail("flat", number, world), outer, inner), traffic)
+
+    with ThreadPoolExecutor(world) as pool:
+        return [each.result(TIMEOUT_S) for each in [pool.submit(rank, number) for number in range(world)]]
+
+
+def processes(mesh: tuple[int, ...], fn: Callable[[Wiring, Traffic], Any]) -> list[Any]:
+    """Call ``fn`` on a gloo process per rank, and return what each returned (JSON values); messages are sealed."""
+
+    def rank(group: dist.ProcessGroup) -> Any:
+        number, traffic = dist.get_rank(group), Traffic()
+        exchange = lambda one: Exchange(one, "a" * 32, 0, traffic, debug=True)  # noqa: E731
+        outer = inner = None
+        if len(mesh) == 2:
+            nodes, places = mesh
+            inside = [dist.new_group([node * places + place for place in range(places)]) for node in range(nodes)]
+            across = [dist.new_group([node * places + place for node in range(nodes)]) for place in range(places)]
+            inner, outer = exchange(inside[number // places]), exchange(across[number % places])
+        return fn(Wiring(number, exchange(group), outer, inner), traffic)
+
+    return run_ranks(rank, prod(mesh), timeout=TIMEOUT_S)
