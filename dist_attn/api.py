@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringspan.dist_attn.checks import check_heads, check_length, check_wire, facts
 from ringspan.dist_attn.cost import Costs, typical
 from ringspan.dist_attn.exchange import Exchange, Traffic, agree
 from ringspan.dist_attn.executor import ShardedAttention, Wiring
@@ -21,7 +22,6 @@ from ringspan.kernels.attention import attend, check_tensors
 from ringspan.kernels.mask import Causal, Mask
 from ringspan.kernels.parts import Part, parts_of
 from ringspan.kernels.select import select
-from ringspan.kernels.state import accumulator
 
 __all__ = ["Extras", "Group", "attention", "attention_with_lse", "place", "run", "to_group"]
 
@@ -188,8 +188,8 @@ def run(
     fault, problem, kernel, chosen = None, None, None, ("", "")
     try:
         check_tensors(q, k, v, sinks)
-        length = _check_length(q, k, layout, extras.kv_layout, groups, length)
-        parts = parts_of(mask, q.shape[0], k.shape[2], first_kv_head, _total(k, first_kv_head, total_kv_heads))
+        length = check_length(q, k, layout, extras.kv_layout, groups, length)
+        parts = parts_of(mask, q.shape[0], k.shape[2], first_kv_head, check_heads(k, first_kv_head, total_kv_heads))
         for part in parts:
             part.mask.check(length)
         kernel = select(q.device, q.dtype, q.shape[-1], backend=extras.backend)
@@ -202,8 +202,9 @@ def run(
         fault = str(error)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if groups.world > 1 and not extras.agreed:
-        facts = "" if problem is None else _facts(problem, chosen[0], scale)
-        agree(groups.flat, facts, fault)
+        groups.connect()
+        words = "" if problem is None else facts(problem, chosen[0], scale)
+        agree(groups.flat, words, fault)
     assert kernel is not None
     assert problem is not None
     if groups.world == 1 and isinstance(mask, Mask) and not extras.keep:
@@ -242,7 +243,7 @@ def _problem(
         kv_heads=k.shape[2],
         head_dim=q.shape[3],
         dtype=q.dtype,
-        wire=_check_wire(extras.gradient_dtype, q.dtype),
+        wire=check_wire(extras.gradient_dtype, q.dtype),
         keep=extras.keep,
         sinks=sinks,
         first_kv_head=first_kv_head,
@@ -260,54 +261,3 @@ def _wiring(groups: Groups, digest: str, extras: Extras) -> Wiring:
         return Exchange(group, digest, extras.label, traffic, debug=extras.debug)
 
     return Wiring(groups.rank, over(groups.flat), over(groups.outer), over(groups.inner))
-
-
-def _facts(problem: Problem, strategy: str, scale: float) -> str:
-    p = problem
-    masks = "; ".join(
-        str(part.mask)
-        if len(p.parts) == 1
-        else f"{part.mask} (rows {part.rows.start}:{part.rows.stop}, heads {part.heads})"
-        for part in p.parts
-    )
-    keys = "" if p.kv_layout == p.layout else f", keys {p.kv_layout}"
-    return (
-        f"batch {p.batch}, length {p.length}, heads {p.heads}/{p.kv_heads} x {p.head_dim}, {p.dtype}, "
-        f"{p.layout}{keys}, mesh {p.mesh}, {strategy}, gradients {p.wired}, scale {scale}, sinks {p.sinks}, "
-        f"mask {masks}"
-    )
-
-
-def _check_length(
-    q: Tensor, k: Tensor, layout: Layout | None, kv_layout: Layout | None, groups: Groups, length: int | None
-) -> int:
-    rank, world, local = groups.rank, groups.world, q.shape[1]
-    if layout is None and world > 1:
-        raise ValueError(f"layout: required with {world} ranks; say who holds which tokens, e.g. layout=ZigZag()")
-    length = world * local if length is None else length
-    if layout is None and length != local:
-        raise ValueError(f"length: {length}, but the only rank holds {local} tokens")
-    if kv_layout is None and k.shape[1] != local:
-        raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; tokens must be equal")
-    for name, tokens, shared in (("q", local, layout), ("k", k.shape[1], kv_layout or layout)):
-        share = tokens if shared is None else shared.share(rank, world, length)
-        if share != tokens:
-            raise ValueError(
-                f"{name}: {tokens} tokens, but rank {rank} of {world} holds {share} of {length} in {shared}; "
-                "shard with the same layout, and pass length= where shares are uneven"
-            )
-    return length
-
-
-def _total(k: Tensor, first_kv_head: int, total_kv_heads: int | None) -> int:
-    total = first_kv_head + k.shape[2] if total_kv_heads is None else total_kv_heads
-    if first_kv_head < 0 or first_kv_head + k.shape[2] > total:
-        raise ValueError(f"first_kv_head: {first_kv_head} + {k.shape[2]} KV heads here exceeds total_kv_heads {total}")
-    return total
-
-
-def _check_wire(gradient_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
-    wide = accumulator(dtype)
-    if gradient_dtype not in (None, torch.bfloat16, torch.float16, wide):
-        raise ValueError(f"gradient_dtype: {gradient_dtype}; must be torch.bfloat16, torch.float16 or {wide}")
-    return gradient_dtype

@@ -33,6 +33,15 @@ class Groups:
         """Ranks that share the sequence."""
         return self.mesh[0] if len(self.mesh) == 1 else self.mesh[0] * self.mesh[1]
 
+    def connect(self) -> None:
+        """Let NCCL make the communicators of a mesh now: made by the first transfer, they would stall a step.
+
+        gloo connects all ranks when a group is made, and the agreement uses the flat group.
+        """
+        for group in (self.inner, self.outer):
+            if group is not None and dist.get_backend(group) == "nccl":
+                dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
 
 def groups_of(group: Group) -> Groups:
     """Return the groups of what a caller calls ``group``.
