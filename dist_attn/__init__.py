@@ -4,8 +4,9 @@ Letters of every shape: B batch, L this rank's tokens, H query heads, G KV heads
 """
 
 from ringspan.dist_attn.api import attention, attention_with_lse
-from ringspan.dist_attn.exchange import Disagreement, Traffic
-from ringspan.dist_attn.layout import Contiguous, ZigZag
+from ringspan.dist_attn.balanced import Balanced
+from ringspan.dist_attn.exchange import Disagreement, PeerLost, Traffic
+from ringspan.dist_attn.layout import Assigned, Contiguous, Striped, ZigZag
 from ringspan.dist_attn.planner import Plan, plan
 from ringspan.dist_attn.sharding import shard, unshard
 from ringspan.kernels.mask import (
@@ -25,6 +26,8 @@ from ringspan.kernels.mask import (
 from ringspan.kernels.mask import parse as parse_mask
 
 __all__ = [
+    "Assigned",
+    "Balanced",
     "Causal",
     "Contiguous",
     "Dilated",
@@ -33,10 +36,12 @@ __all__ = [
     "Full",
     "Groups",
     "Mask",
+    "PeerLost",
     "PerHead",
     "Plan",
     "Sinks",
     "Span",
+    "Striped",
     "Traffic",
     "Window",
     "ZigZag",

@@ -68,11 +68,13 @@ class Pending:
             RuntimeError: if a message is not the one the plan told this rank to expect.
         """
         began = time.monotonic()
-        for work, peers in self._works:
+        for index, (work, _) in enumerate(self._works):
             try:
                 work.wait()
             except RuntimeError as error:
-                raise _lost(self._place, peers, time.monotonic() - began, error) from error
+                # A peer that does not take a message may itself wait for the one that is lost: name all that are left.
+                left = " or ".join(dict.fromkeys(peers for _, peers in self._works[index:]))
+                raise _lost(self._place, left, time.monotonic() - began, error) from error
         for peer, message, header in self._expected:
             _check(peer, message, header, self._place)
         self._works, self._expected = [], []

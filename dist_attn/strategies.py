@@ -6,7 +6,16 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from ringspan.dist_attn import gather, gather_plan, ring, ring_plan, ulysses, ulysses_plan
+from ringspan.dist_attn import (
+    dist_attention,
+    dist_attention_plan,
+    gather,
+    gather_plan,
+    ring,
+    ring_plan,
+    ulysses,
+    ulysses_plan,
+)
 from ringspan.dist_attn.cost import Costs, predict
 from ringspan.dist_attn.executor import Executor, Wiring
 from ringspan.dist_attn.moves import Moves
@@ -74,6 +83,13 @@ TABLE: dict[str, Strategy] = {
         partial(ulysses_plan.refuses, inner_refuses=_anything),
         partial(ulysses_plan.holds, inner_holds=_two_messages),
         "heads against tokens inside a node, keys and values between nodes",
+    ),
+    "dist_attention": Strategy(
+        dist_attention_plan.moves,
+        dist_attention.executor,
+        dist_attention_plan.refuses,
+        dist_attention_plan.holds,
+        "queries travel, keys and values stay",
     ),
 }
 NAMES = ("auto", *TABLE)

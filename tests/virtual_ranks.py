@@ -4,7 +4,7 @@ Threads run the real executors; only the wire is replaced, by a mailbox for each
 """
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,19 +42,23 @@ class Mail(Exchange):
         self.letters, self.name = post, name
         self.rank, self.world, self.traffic, self.debug = rank, world, traffic, True
         self._digest, self._label, self.collectives = (1, 2), 0, 0
+        self.posted: Counter[tuple[int, int]] = Counter()  # transfers are matched in the order of posting
 
     @override
     def post(self, round_id: int, sends: Any, receives: Any) -> Pending:
         for peer, message in sends:
             message.label(self._header(round_id, self.rank, peer, message))
-            self.letters.box(self.name, self.rank, peer).put(message.buffer.clone())
+            self._box(self.rank, peer).put(message.buffer.clone())
         expected = [(peer, message, self._header(round_id, peer, self.rank, message)) for peer, message in receives]
         self.traffic.received_payload += sum(message.payload_bytes for _, message in receives)
         works: Any = [
-            (Letter(self.letters.box(self.name, peer, self.rank), message.buffer), f"rank {peer}")
-            for peer, message in receives
+            (Letter(self._box(peer, self.rank), message.buffer), f"rank {peer}") for peer, message in receives
         ]
         return Pending(works, expected, f"rank {self.rank}")
+
+    def _box(self, source: int, target: int) -> "Queue[Tensor]":
+        self.posted[source, target] += 1
+        return self.letters.box(self.name, source, target, self.posted[source, target])
 
     @override
     def all_gather(self, local: Tensor, step: str) -> tuple[Tensor, Pending]:

@@ -1,8 +1,20 @@
-"""Bad input stops every rank alike, in one line, before anything is sent; and a wrong message is noticed."""
+"""Bad input stops every rank alike, in one line, before anything is sent; wrong messages and lost ranks are noticed."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from sharded_cases import Case, Strategy, one_rank
 
 from ringspan.dist_attn import (
     Causal,
@@ -13,9 +25,17 @@ from ringspan.dist_attn import (
     Traffic,
     ZigZag,
     attention,
+    dist_attention,
+    dist_attention_plan,
+    gather,
+    gather_plan,
+    ring,
+    ring_plan,
     unshard,
 )
-from ringspan.dist_attn.exchange import Exchange, Message, agree
+from ringspan.dist_attn.exchange import Exchange, PeerLost, agree
+from ringspan.dist_attn.executor import Wiring
+from ringspan.kernels.select import Backend
 from ringspan.parallel.testing import run_ranks
 
 
@@ -86,34 +106,52 @@ def test_every_rank_stops_for_the_same_reason(kind: str, message: str, rank: str
         raise ValueError(first[0])
 
 
-def wrong_message(group: dist.ProcessGroup, kind: str) -> str:
+def wrong_message(group: dist.ProcessGroup, kind: str, debug: bool) -> str:
     """Rank 1 sends something else than rank 0 expects, in a way gloo does not notice."""
     rank, peer = dist.get_rank(group), 1 - dist.get_rank(group)
-    digest = "ab" * 32 if kind != "plan" or rank == 0 else "cd" * 32
-    exchange = Exchange(group, digest, 3 if kind != "layer" or rank == 0 else 4, Traffic())
-    round_id = 7 if kind != "round" or rank == 0 else 8
-    rows = 4 if kind != "size" or rank == 0 else 2
-    dtype = torch.float32 if kind != "dtype" or rank == 0 else torch.bfloat16
-    message = Message(1, rows, 2, 8, dtype, torch.device("cpu"))
-    message.first.zero_()
-    message.second.zero_()
-    if rank == 1:
-        exchange.post(round_id, [(peer, message)], []).wait()
-        return "sent"
-    try:
-        exchange.post(round_id, [], [(peer, message)]).wait()
-    except RuntimeError as error:
-        return str(error)
-    return "accepted"
+    odd = lambda this, usual, other: other if kind == this and rank == 1 else usual  # noqa: E731
+    exchange = Exchange(group, odd("plan", "ab", "cd") * 32, odd("layer", 3, 4), Traffic(), debug=debug)
+    dtype = odd("dtype", odd("same size", torch.float32, torch.int32), torch.bfloat16)
+    shape = odd("turned", [1, odd("short", 4, 2), 2, 8], [1, 2, 4, 8])
+    message = exchange.message([(shape, dtype)] * 2, torch.device("cpu"), note=odd("hops", 5, 6))
+    for tensor in message.tensors:
+        tensor.fill_(1)
+    if rank == 0:
+        try:
+            exchange.post(7, [], [(peer, message)]).wait()
+        except RuntimeError as error:
+            return str(error)
+        return "accepted"
+    if kind == "contents":  # changed on the way, behind the back of ``post``
+        message.label(exchange._header(7, rank, peer, message))
+        message.tensors[1][0, 3, 1, 7] = 1.5
+        dist.send(message.buffer, peer, group)
+    else:
+        exchange.post(odd("round", 7, 8), [(peer, message)], []).wait()
+    return "sent"
 
 
-@pytest.mark.parametrize("kind", ["plan", "layer", "round", "size", "dtype"])
-def test_a_wrong_message_is_noticed(kind: str) -> None:
-    assert "is not the expected one" in run_ranks(wrong_message, 2, kind)[0]
+@pytest.mark.parametrize("kind", ["plan", "layer", "round", "short", "dtype"])
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_a_wrong_message_is_noticed(kind: str, debug: bool) -> None:
+    found = run_ranks(wrong_message, 2, kind, debug)[0]
+    place = r"rank 0 of 2, layer 3, step 7 \(round 0x7\): message from rank 1 is not the expected one: header \["
+    assert re.match(place, found), found
 
 
-def test_the_right_message_is_accepted() -> None:
-    assert run_ranks(wrong_message, 2, "none") == ["accepted", "sent"]
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("same size", "dtypes"), ("turned", "shapes"), ("hops", "hops"), ("contents", "contents")],
+)
+def test_debug_mode_notices_what_headers_do_not_tell(kind: str, what: str) -> None:
+    found = run_ranks(wrong_message, 2, kind, True)[0]
+    assert found.startswith("rank 0 of 2, layer 3, step 7 (round 0x7): message from rank 1: its " + what), found
+    assert "[1, 4, 2, 8] torch.float32, [1, 4, 2, 8] torch.float32" in found
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_the_right_message_is_accepted(debug: bool) -> None:
+    assert run_ranks(wrong_message, 2, "none", debug) == ["accepted", "sent"]
 
 
 def long_facts(group: dist.ProcessGroup) -> str:
@@ -132,3 +170,92 @@ def test_agreement_compares_more_than_it_shows() -> None:
 def test_unshard_names_a_wrong_share() -> None:
     with pytest.raises(ValueError, match="x: 5 tokens along dim 1, but rank 0 of 1 holds 6 of 6"):
         unshard(torch.zeros(1, 5, 2), ZigZag(), None, length=6)
+
+
+WORLD, LOST = 3, 1  # rank 1 is the one that dies or stops
+PATIENCE_S = 5.0  # the group's timeout
+STRATEGIES = {
+    "ring": Strategy(ring_plan.moves, ring.executor),
+    "all_gather": Strategy(gather_plan.moves, gather.executor),
+    "dist_attention": Strategy(dist_attention_plan.moves, dist_attention.executor),
+}
+
+
+def fatal(kernel: Backend, way: str, number: int) -> Backend:
+    """Return a kernel at whose first call, ``way`` "forward" or "backward", this process gets a signal."""
+
+    def call(name: str) -> Callable[..., None]:
+        def run(*given: Any, **named: Any) -> None:
+            if name == way:
+                os.kill(os.getpid(), number)
+            getattr(kernel, name)(*given, **named)
+
+        return run
+
+    module: Any = SimpleNamespace(forward=call("forward"), backward=call("backward"))
+    return replace(kernel, module=module)
+
+
+def rank_of_three(rank: int, folder: Path, strategy: Strategy, way: str, number: int) -> None:
+    """Attend; write down what was raised."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE_S))
+    assert dist.group.WORLD is not None
+    traffic = Traffic()
+    wiring = Wiring(rank, Exchange(dist.group.WORLD, "ab" * 32, 0, traffic))
+    if rank == LOST:
+        alive = strategy.executor
+        strategy = strategy._replace(executor=lambda p, w, kernel, s: alive(p, w, fatal(kernel, way, number), s))
+    case = Case("full", (WORLD,), (4, 2), 48, dtype=torch.float32)
+    found = "nothing was raised"
+    try:
+        one_rank(case, strategy, case.inputs, wiring, traffic)
+    except PeerLost as error:
+        found = str(error)
+    part = folder / f"part{rank}"
+    part.write_text(found)
+    part.rename(folder / f"found{rank}")
+    time.sleep(60)  # a rank that leaves is one more that its peers lose; the parent ends this one
+
+
+def survivors(folder: Path, strategy: Strategy, way: str, number: int) -> dict[int, str]:
+    """Return the error of each rank but the lost one; end every rank by its pid."""
+    pids: list[int] = []
+    try:
+        for rank in range(WORLD):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    rank_of_three(rank, folder, strategy, way, number)
+                finally:
+                    os._exit(1)
+            pids.append(pid)
+        files = {rank: folder / f"found{rank}" for rank in range(WORLD) if rank != LOST}
+        deadline = time.monotonic() + 6 * PATIENCE_S
+        while time.monotonic() < deadline and not all(file.exists() for file in files.values()):
+            time.sleep(0.02)
+        return {rank: file.read_text() for rank, file in files.items() if file.exists()}
+    finally:
+        for pid in pids:
+            for each in (signal.SIGCONT, signal.SIGKILL):  # zombies take signals too; no pid is free before waitpid
+                os.kill(pid, each)
+            os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [(signal.SIGKILL, "forward"), (signal.SIGKILL, "backward"), (signal.SIGSTOP, "forward")],
+    ids=["killed", "killed in the backward", "stopped"],
+)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_lost_rank_is_named_within_the_timeout(tmp_path: Path, name: str, number: int, way: str) -> None:
+    found = survivors(tmp_path, STRATEGIES[name], way, number)
+    assert sorted(found) == [0, 2]
+    for rank, error in found.items():
+        line = rf"rank {rank} of 3, layer 0, .+: waited (\d+\.\d) s for (.*rank 1.*|the other 2 ranks), then: .+"
+        waited = re.fullmatch(line + "; see that rank's log for what ended or stopped it", error)
+        assert waited, error
+        assert float(waited[1]) < PATIENCE_S + 2, error
+        if number == signal.SIGSTOP:
+            assert float(waited[1]) > PATIENCE_S - 1, error

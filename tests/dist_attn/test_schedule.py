@@ -181,53 +181,8 @@ def test_areas_by_step_are_what_the_steps_compute(case: tuple[Schedule, torch.Te
         assert counted.tolist() == plan_.areas[:, rank].tolist()
 
 
-def test_a_double_ring_enters_a_node_once_for_a_piece() -> None:
-    made = schedule(Full(), Contiguous(), (4, 2), 8000)
-    for piece in {hop.piece for hop in made.hops}:
-        mine = [hop for hop in made.hops if hop.piece == piece]
-        entered = sorted(hop.target // 2 for hop in mine if hop.source // 2 != hop.target // 2)
-        returned = sorted(hop.target // 2 for hop in mine if hop.home // 2 != hop.target // 2)
-        others = sorted({0, 1, 2, 3} - {piece[0] // 2})
-        assert entered == returned == others
-
-
-def test_what_every_rank_needs_goes_round_both_ways() -> None:
-    made = schedule(Full(), Contiguous(), 5, 5000)
-    ways = {(hop.target - hop.source) % 5: 0 for hop in made.hops}
-    for hop in made.hops:
-        ways[(hop.target - hop.source) % 5] += hop.span.size
-    assert ways == {1: 4 * 2500, 4: 4 * 2500}
-
-
-def test_a_few_rows_that_all_need_take_as_many_steps_as_the_logarithm() -> None:
-    made = schedule(Causal() & (Window(10) | Sinks(4)), Contiguous(), 64, 64 * 200)
-    sinks = [hop for hop in made.hops if hop.span == Span(0, 4)]
-    assert len(sinks) == 63  # each rank once
-    assert max(hop.step for hop in sinks) == 6
-    assert sum(hop.home == 0 for hop in sinks) == 6  # summed on the way, not all at the owner
-
-
-def test_causal_zigzag_saves_a_quarter_and_balances() -> None:
-    world, length = 8, 8 * 1024
-    plan_ = schedule(Causal(), ZigZag(), world, length)
-    rows = sum(plan_.received_rows(rank) for rank in range(world))
-    assert rows == (world - 1) * length * 3 // 4
-    areas = [plan_.area(rank) for rank in range(world)]
-    assert max(areas) / (sum(areas) / world) <= 1.02
-    assert {hop.target - hop.source for hop in plan_.hops} <= {
-        1,
-        -1,
-        1 - world,
-        world - 1,
-    }  # neighbours only
-
-
-def test_a_window_is_a_halo_from_the_left_and_sinks_come_from_the_first_rank() -> None:
-    plan_ = schedule(Causal() & (Window(10) | Sinks(4)), Contiguous(), 4, 400)
-    for rank in range(1, 4):
-        came = {(hop.owner, hop.span) for hop in plan_.hops if hop.target == rank}
-        halo = (rank - 1, Span(100 * rank - 10, 100 * rank))
-        assert came == {halo, (0, Span(0, 4))}
+def whole(mask: Mask, layout: Layout, world: int, length: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
+    return plan(mask, layout, world=world, length=length, heads=8, kv_heads=2, head_dim=64, dtype=dtype)
 
 
 def test_s2_groups_move_half_a_group_for_half_of_the_heads() -> None:
@@ -242,15 +197,6 @@ def test_per_head_masks_are_planned_head_by_head() -> None:
     made = whole(PerHead({(0, 1): Causal(), (1, 2): Causal() & Window(10)}), Contiguous(), 2, 100)
     row = 2 * 64 * 2
     assert made.received_bytes(1) == (50 + 10) * row == made.lower_bound_bytes(1)
-
-
-def test_documents_within_ranks_cost_no_bytes() -> None:
-    plan_ = schedule(Causal() & Documents([0, 16, 32, 48, 64]), Contiguous(), 4, 64)
-    assert not plan_.hops
-
-
-def whole(mask: Mask, layout: Layout, world: int, length: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
-    return plan(mask, layout, world=world, length=length, heads=8, kv_heads=2, head_dim=64, dtype=dtype)
 
 
 def test_bytes_of_a_plan() -> None:
