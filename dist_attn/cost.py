@@ -157,22 +157,20 @@ class _Wires:
             some = level == number
             if not some.any():
                 continue
-            a, b, taken = source[some], target[some], size[some] / link.bandwidth
-            posted = np.maximum(now[a], now[b])
-            done[some] = self._level(number, link, a, b, taken, posted)
+            done[some] = self._level(number, link, source[some], target[some], size[some] / link.bandwidth, now)
         return done
 
-    def _level(self, number: int, link: Link, a: Integers, b: Integers, taken: Floats, posted: Floats) -> Floats:
-        """All that one round sends over one level: what leaves a rank shares its link, what comes to it likewise."""
-        ends = []
+    def _level(self, number: int, link: Link, a: Integers, b: Integers, taken: Floats, now: Floats) -> Floats:
+        """All that one round sends over one level: what leaves a rank shares its link, what comes to it likewise.
+
+        While a transfer waits for its other side, the link is free for others.
+        """
+        posted = np.maximum(now[a], now[b])
+        done = posted + taken
         for free, side in ((self.out[number], a), (self.back[number], b)):
-            begin = free.copy()
-            np.maximum.at(begin, side, posted)
-            np.add.at(begin, side, taken)
-            used = np.unique(side)
-            free[used] = begin[used]
-            ends.append(begin[side])
-        done = np.maximum(*ends)
+            np.maximum.at(free, side, now[side])
+            np.add.at(free, side, taken)
+            done = np.maximum(done, free[side])
         if not link.duplex:
             done = np.maximum(done, self._in_turns(a, b, taken, posted))
             np.maximum.at(self.out[number], a, done)

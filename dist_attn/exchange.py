@@ -151,6 +151,7 @@ class Exchange:
             work = gather(whole.flatten(0, 1), local, group=self.group, async_op=True)
         except RuntimeError as error:
             raise _lost(place, peers, 0.0, error) from error
+        assert work is not None
         moved = (self.world - 1) * local.nbytes  # what any rank must take in, and the ring algorithm moves
         self._count(moved, moved, moved, moved)
         return whole, Pending([(work, peers)], [], place)

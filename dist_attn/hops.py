@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringspan.dist_attn.moves import Integers
-from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, one_way, ring, tree
+from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, ring, tree
 from ringspan.dist_attn.steps import Hop
 from ringspan.kernels.mask import Span
 
-CHAIN, TREE, AHEAD, BEHIND = range(4)  # kinds of routes: ring, tree, and the halves that go one way round each
+CHAIN, TREE, BEHIND = range(3)  # kinds of routes: the ring, a tree, and the halves that go round the other way
 FIELDS = (*LEG, "owner", "segment")
 
 
@@ -79,16 +79,15 @@ def route_all(owners: Integers, segments: Integers, wanted: np.ndarray, mesh: tu
     """Route every piece; pieces of one owner, one set of ranks and one kind share a route."""
     world, rows, count = int(np.prod(mesh)), segments[:, 1] - segments[:, 0], wanted.sum(1)
     kind = np.where((rows <= SMALL_ROWS) & (count >= MANY_RANKS), TREE, CHAIN)
-    routes, pattern = _routes(owners, wanted, kind, mesh)
     for_all = (kind == CHAIN) & (count == world - 1) & (rows > SMALL_ROWS)
-    if for_all.any() and mesh[0] > 2 and _one_sided(routes, np.bincount(pattern, rows, len(routes)), mesh):
+    if for_all.any() and mesh[0] > 2 and (for_all | (kind == TREE) | (count == 0)).all():
         middle = segments.sum(1)[for_all] // 2
         twice = 1 + for_all
         segments, owners, wanted, kind = (np.repeat(x, twice, axis=0) for x in (segments, owners, wanted, kind))
         first = np.flatnonzero(np.repeat(for_all, twice))[::2]
         segments[first, 1], segments[first + 1, 0] = middle, middle
-        kind[first], kind[first + 1] = AHEAD, BEHIND
-        routes, pattern = _routes(owners, wanted, kind, mesh)
+        kind[first + 1] = BEHIND
+    routes, pattern = _routes(owners, wanted, kind, mesh)
     return _laid_out(routes, pattern, owners, segments)
 
 
@@ -105,24 +104,10 @@ def _routes(
 def _route(kind: int, owner: int, needers: Integers, mesh: tuple[int, ...]) -> Integers:
     if not len(needers):
         return np.zeros((0, len(LEG)), dtype=np.int64)
-    world = int(np.prod(mesh))
+    world, direction = int(np.prod(mesh)), -1 if kind == BEHIND else 1
     if kind == TREE:
         return tree(owner, needers, world)
-    direction = {CHAIN: 0, AHEAD: 1, BEHIND: -1}[kind]
-    if len(mesh) == 2:
-        return double_ring(owner, needers, *mesh, direction)
-    return one_way(owner, world - 1, world, direction) if direction else ring(owner, needers, world)
-
-
-def _one_sided(routes: list[Integers], rows: np.ndarray, mesh: tuple[int, ...]) -> bool:
-    """Return whether almost all rows go round one way, so that links would be idle the other way."""
-    inside = mesh[1] if len(mesh) == 2 else 1
-    ways = np.zeros(2)
-    for legs, moved in zip(routes, rows, strict=True):
-        depart, _, source, target, _, _ = legs.T
-        way = (target // inside - source // inside)[depart != DIRECT] % mesh[0]
-        ways += moved * np.array([(way == 1).sum(), (way == mesh[0] - 1).sum()])
-    return bool(ways.min() < ways.max() / 4)
+    return double_ring(owner, needers, *mesh, direction) if len(mesh) == 2 else ring(owner, needers, world, direction)
 
 
 def _laid_out(routes: list[Integers], pattern: Integers, owners: Integers, segments: Integers) -> Hops:

@@ -89,9 +89,8 @@ class Schedule:
         The second half is computed last: it hides the way home of the last gradients, as the first hides the way of
         the first keys.
         """
-        queries, keys, columns = self.spans(rank), self.kv_spans(rank), self.columns
-        travels = ((columns.home == rank) | (columns.target == rank)).any()
-        row = halving_row(self.mask, queries, keys, HALF_ROWS) if travels else 0
+        queries, keys = self.spans(rank), self.kv_spans(rank)
+        row = halving_row(self.mask, queries, keys, HALF_ROWS) if self._last_back[rank] >= 0 else 0
         if not row:
             return (work(self.mask, queries, keys),)
         first, second, left = [], [], row
@@ -103,6 +102,14 @@ class Schedule:
         return work(self.mask, queries, tuple(first)), work(self.mask, queries, tuple(second))
 
     @cached_property
+    def _last_back(self) -> Integers:
+        """The last round in which gradients leave or come to each rank; -1 where none do."""
+        found = np.full(self.world, -1, dtype=np.int64)
+        for side in (self.columns.home, self.columns.target):
+            np.maximum.at(found, side, self.columns.back)
+        return found
+
+    @cached_property
     def backward_areas(self) -> Integers:
         """Like ``areas``, of the backward pass: what is left of a rank's own keys comes after its last gradients."""
         last = int(max(self.columns.step.max(initial=0), self.columns.back.max(initial=-1) + 1))
@@ -110,10 +117,9 @@ class Schedule:
         for rank in range(self.world):
             halves = self.own_halves(rank)
             if len(halves) == 2:
-                columns, later = self.columns, halves[1].area
-                mine = (columns.home == rank) | (columns.target == rank)
+                later = halves[1].area
                 found[0, rank] -= later
-                found[int(columns.back[mine].max()) + 1, rank] += later
+                found[int(self._last_back[rank]) + 1, rank] += later
         return found
 
     @cached_property

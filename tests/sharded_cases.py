@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from typing_extensions import override
-from virtual_ranks import processes, threads
+from virtual_ranks import apart, processes, threads
 
 from dense import attention, pattern_table, relative_rms
 from ringspan.dist_attn.exchange import Traffic
@@ -235,24 +235,32 @@ def check(case: Case, strategy: Strategy, results: list[Result], given: dict[str
 
 
 def run_threads(case: Case, strategy: Strategy, given: dict[str, Tensor] | None = None) -> list[Result]:
-    """Run a case with a thread per rank."""
-    given = given or case.inputs
-    return threads(case.mesh, lambda wiring, traffic: one_rank(case, strategy, given, wiring, traffic))
+    """Run a case with a thread per rank, in a process of its own."""
+    mine = given or case.inputs
+
+    def world() -> Any:
+        return [packed(x) for x in threads(case.mesh, lambda *place: one_rank(case, strategy, mine, *place))]
+
+    return [unpacked(case, each) for each in apart(world)]
 
 
 def run_processes(case: Case, strategy: Strategy) -> list[Result]:
     """Run a case with a gloo process per rank."""
-    given, dtypes = case.inputs, (case.dtype, case.problem.wide)
+    given = case.inputs
+    found = processes(case.mesh, lambda *place: packed(one_rank(case, strategy, given, *place)))
+    return [unpacked(case, each) for each in found]
 
-    def rank(wiring: Wiring, traffic: Traffic) -> Any:
-        result = one_rank(case, strategy, given, wiring, traffic)
-        return [[[list(x.shape), x.double().flatten().tolist()] for x in result.tensors], result.received]
 
-    results = []
-    for tensors, received in processes(case.mesh, rank):
-        made = [torch.tensor(values, dtype=torch.float64).reshape(shape) for shape, values in tensors]
-        results.append(Result([x.to(dtypes[index == 1]) for index, x in enumerate(made)], tuple(received)))
-    return results
+def packed(result: Result) -> Any:
+    """Return a result as JSON values; every float is a double."""
+    return [[[list(x.shape), x.double().flatten().tolist()] for x in result.tensors], result.received]
+
+
+def unpacked(case: Case, values: Any) -> Result:
+    """Return a result from its JSON values."""
+    made = [torch.tensor(x, dtype=torch.float64).reshape(shape) for shape, x in values[0]]
+    dtypes = (case.dtype, case.problem.wide)
+    return Result([x.to(dtypes[index == 1]) for index, x in enumerate(made)], tuple(values[1]))
 
 
 def error_over_one_rank(case: Case, strategy: Strategy) -> list[float]:

@@ -12,6 +12,7 @@ from math import prod
 from queue import Queue
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
@@ -84,6 +85,14 @@ class Letter:
         self.buffer.copy_(self.box.get(timeout=TIMEOUT_S))
 
 
+def apart(fn: Callable[..., Any], *args: Any) -> Any:
+    """Call in a process of its own and return JSON values: one that has had threads in torch cannot be forked safely.
+
+    With a GPU in the house the call stays here: CUDA does not outlive a fork, and no rank is forked there.
+    """
+    return fn(*args) if torch.cuda.is_available() else run_ranks(lambda _, *given: fn(*given), 1, *args)[0]
+
+
 def threads(mesh: tuple[int, ...], fn: Callable[[Wiring, Traffic], Any]) -> list[Any]:
     """Call ``fn`` on a thread per rank, and return what each returned."""
     post, world = Post(), prod(mesh)
@@ -97,7 +106,8 @@ def threads(mesh: tuple[int, ...], fn: Callable[[Wiring, Traffic], Any]) -> list
             outer, inner = mail(f"outer {place}", node, mesh[0]), mail(f"inner {node}", place, mesh[1])
         return fn(Wiring(number, mail("flat", number, world), outer, inner), traffic)
 
-    with ThreadPoolExecutor(world) as pool:
+    # Each thread starts out with torch's default number of its own.
+    with ThreadPoolExecutor(world, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return [each.result(TIMEOUT_S) for each in [pool.submit(rank, number) for number in range(world)]]
 
 

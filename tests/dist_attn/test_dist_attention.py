@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,7 +35,6 @@ from ringspan.dist_attn.meetings import meetings
 from ringspan.dist_attn.problem import Problem
 from ringspan.kernels.mask import Causal, Documents, Mask, Sinks, Span, Window, union
 from ringspan.kernels.parts import parts_of
-from ringspan.parallel.testing import run_ranks
 
 HERE = Strategy(dist_attention_plan.moves, dist_attention.executor)
 F32, BF16 = torch.float32, torch.bfloat16
@@ -70,21 +68,16 @@ CASES = [
 ]
 
 
-def apart(fn: Callable[..., Any], *args: Any) -> Any:
-    """Call in a process of its own: one that has had threads in torch cannot be forked safely, as later tests do."""
-    return run_ranks(lambda _, *given: fn(*given), 1, *args)[0]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ranks_compute_what_dense_attention_does(case: Case) -> None:
-    apart(lambda: check(case, HERE, run_threads(case, HERE)))
+    check(case, HERE, run_threads(case, HERE))
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[10], CASES[17]], ids=lambda case: case.name)
 def test_gloo_processes_give_the_bits_that_threads_give(case: Case) -> None:
     ranks = run_processes(case, HERE)
     check(case, HERE, ranks)
-    assert bits(ranks) == apart(lambda: bits(run_threads(case, HERE)))
+    assert bits(ranks) == bits(run_threads(case, HERE))
 
 
 def bits(results: list[Result]) -> list[Any]:
@@ -98,9 +91,9 @@ def test_results_do_not_depend_on_the_order_of_arrival(monkeypatch: pytest.Monke
         time.sleep(0.02 * chance.random())
         return post(self, *given)
 
-    quick = apart(lambda: bits(run_threads(case, HERE)))
+    quick = bits(run_threads(case, HERE))
     monkeypatch.setattr(Mail, "post", slow)
-    assert all(apart(lambda: bits(run_threads(case, HERE))) == quick for _ in range(2))
+    assert all(bits(run_threads(case, HERE)) == quick for _ in range(2))
 
 
 @pytest.mark.parametrize(
@@ -116,19 +109,14 @@ def test_results_do_not_depend_on_the_order_of_arrival(monkeypatch: pytest.Monke
 def test_bf16_is_as_exact_as_on_one_rank(mask: str, world: int, layout: str) -> None:
     case = Case(mask, (world,), (8, 2), 510, layout, dtype=BF16, dim=64, dlse=False)
     # The last is the sinks' gradient: eight draws of rounding noise, too few to compare closely.
-    assert max(apart(lambda: error_over_one_rank(case, HERE)[:5])) <= 1.1
+    assert max(error_over_one_rank(case, HERE)[:5]) <= 1.1
 
 
 def test_gradients_of_keys_never_travel() -> None:
     case = Case("full", (2,), (4, 2), 40, "contiguous", (0, 1), dim=8)
     moved = moves(case.problem).transfers(backward=True)
     assert moved.received(0) == 20 * 2 * 4 * 8 * 8  # dq of its 20 rows, in two batch rows and four heads
-    results: list[Result] = [Result([torch.tensor(x) for x in each], (0, 0)) for each in apart(gradients, case)]
-    assert [x.shape[1] for each in results for x in each.tensors] == [0, 40]
-
-
-def gradients(case: Case) -> list[list[Any]]:
-    return [[each.tensors[3].tolist()] for each in run_threads(case, HERE)]
+    assert [each.tensors[3].shape[1] for each in run_threads(case, HERE)] == [0, 40]
 
 
 @dataclass(frozen=True)

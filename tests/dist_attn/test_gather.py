@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sharded_cases import Case, Strategy, check, error_over_one_rank, run_processes, run_threads, truth, whole
-from virtual_ranks import Mail
+from sharded_cases import Case, Strategy, check, error_over_one_rank, one_rank, run_processes, run_threads, truth, whole
+from virtual_ranks import Mail, apart, threads
 
 from dense import relative_rms
 from ringspan.dist_attn import gather, gather_plan
@@ -94,24 +94,29 @@ def test_keys_that_nobody_sees_change_nothing() -> None:
 
 
 def test_one_group_is_computed_while_the_next_one_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
+    seen: list[str] = []
     gathers, computes = Mail.all_gather, Alone.forward
 
     def all_gather(self: Mail, local: torch.Tensor, step: str) -> Any:
         assert local.shape == (12, 2, 2, 1, 8)  # the largest share of 23 tokens; K and V; batch; one head of three
         if self.rank == 0:
-            events.append(step)
+            seen.append(step)
         return gathers(self, local, step)
 
     def forward(self: Alone, *tensors: torch.Tensor) -> None:
         if self.queries == case.problem.spans(0):
-            events.append("compute")
+            seen.append("compute")
         computes(self, *tensors)
 
     case = Case("causal", (2,), (6, 3), 23, "contiguous")
     monkeypatch.setattr(Mail, "all_gather", all_gather)
     monkeypatch.setattr(Alone, "forward", forward)
-    run_threads(case, ONE)
+
+    def recorded() -> list[str]:
+        threads(case.mesh, lambda *place: one_rank(case, ONE, case.inputs, *place))
+        return seen
+
+    events = apart(recorded)
     steps = [f"forward gather of KV heads {i}:{i + 1}" for i in range(3)]
     assert events[:6] == [steps[0], steps[1], "compute", steps[2], "compute", "compute"]
 
