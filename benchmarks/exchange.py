@@ -149,7 +149,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.bar(places, shares, width * 0.92, color=colours[index % 5], label=strategy)
     for number, name in enumerate(names):
         bound = result["counted"][name]["lower_bound_bytes"] / result["counted"][name]["full_ring_bytes"]
-        label = "lower bound" if not number else None
+        label = "" if number else "lower bound"
         axes.hlines(bound, number - 0.42, number + 0.42, color="black", lw=1.5, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("bytes received, forward\n(full ring = 1)")

@@ -105,10 +105,10 @@ class Train(Section):
 class Attention(Section):
     """How attention is computed over the ranks."""
 
-    strategy: Literal["auto", "ring"] = "auto"
-    """ring: keys and values travel; auto: the cheapest."""
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    """Which tokens a rank holds; zigzag gives every rank the same causal work."""
+    strategy: Literal["auto", "ring", "all_gather", "ulysses", "dist_attention"] = "auto"
+    """ring: keys travel; all_gather: all at once; ulysses: heads against tokens; dist_attention: queries travel."""
+    layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
+    """Which tokens a rank holds; zigzag: even causal work; balanced: even work of each batch's documents and layers."""
     mask: Text | None = None
     """Which keys a query sees, as causal & (window(1024) | sinks(4)); default: what each layer declares."""
 

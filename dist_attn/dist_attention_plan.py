@@ -17,7 +17,6 @@ import numpy as np
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.meetings import Meetings, meetings
 from ringspan.dist_attn.moves import Integers, Transfers
-from ringspan.dist_attn.pairs import without
 from ringspan.dist_attn.problem import Problem
 from ringspan.kernels.mask import Mask, Span, overlap, union
 from ringspan.kernels.work import Work, work
@@ -112,17 +111,6 @@ class QueryMoves:
             for number, distance in enumerate((0, *table.distances)):
                 found[first + number] = table.areas[(ranks - distance) % p.world, ranks] * part.share * p.ratio
         return found
-
-    def lower_bound(self, rank: int) -> int:
-        """Return the payload bytes of the keys and values that ``rank`` needs and does not hold."""
-        p = self.problem
-        held = p.kv_spans(rank)
-        total = 0
-        for part in p.parts:
-            seen = union(key for own in p.spans(rank) for cut in part.mask.cuts(own) for key in part.mask.reach(cut))
-            missing = without(overlap(seen, [Span(0, p.length)]), union(held))
-            total += sum(span.size for span in missing) * part.share
-        return total * 2 * p.head_dim * p.dtype.itemsize
 
     @property
     def _starts(self) -> tuple[int, ...]:

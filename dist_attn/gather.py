@@ -19,7 +19,7 @@ from ringspan.dist_attn.executor import Attended, Wiring
 from ringspan.dist_attn.gather_plan import head_groups, largest
 from ringspan.dist_attn.heads import parts_for
 from ringspan.dist_attn.layout import Layout
-from ringspan.dist_attn.local import Alone, Choose, empty, take_rows
+from ringspan.dist_attn.local import Alone, empty, take_rows
 from ringspan.dist_attn.message import Message
 from ringspan.dist_attn.problem import Problem
 from ringspan.kernels.mask import Span
@@ -37,7 +37,7 @@ class Gather:
         problem: Problem,
         rank: int,
         exchange: Exchange | None,
-        kernel: Backend | Choose,
+        kernel: Backend,
         scale: float,
         head_group: int | None,
     ) -> None:
@@ -159,7 +159,7 @@ class Returns:
 def executor(
     problem: Problem,
     wiring: Wiring,
-    kernel: Backend | Choose,
+    kernel: Backend,
     scale: float,
     *,
     head_group: int | None = None,

@@ -14,9 +14,7 @@ import numpy as np
 from ringspan.dist_attn.heads import parts_for
 from ringspan.dist_attn.local import live
 from ringspan.dist_attn.moves import Integers, Transfers
-from ringspan.dist_attn.pairs import without
 from ringspan.dist_attn.problem import Problem
-from ringspan.kernels.mask import Span, overlap, union
 
 BUDGET = 64 << 20  # bytes of gathered K and V from which latency no longer counts, and overlap does
 
@@ -65,10 +63,6 @@ class GatherMoves:
             found[number + 1] = [live(problem, problem.spans(rank), parts) for rank in range(problem.world)]
         return found
 
-    def lower_bound(self, rank: int) -> int:
-        """Return the bytes of K and V that some query of ``rank`` sees and it does not hold."""
-        return needed(self.problem, rank)
-
 
 def moves(problem: Problem, head_group: int | None = None) -> GatherMoves:
     """Plan for a problem; see ``head_groups``."""
@@ -112,17 +106,6 @@ def largest(problem: Problem) -> int:
     """Return the keys of the rank that holds the most."""
     world, length = problem.world, problem.length
     return max(problem.kv_layout.share(rank, world, length) for rank in range(world))
-
-
-def needed(problem: Problem, rank: int) -> int:
-    """Return the fewest bytes of K and V that ``rank`` must receive while queries stay."""
-    queries, held = problem.spans(rank), union(problem.kv_spans(rank))
-    rows = 0
-    for part in problem.parts:
-        seen = union(span for own in queries for cut in part.mask.cuts(own) for span in part.mask.reach(cut))
-        missing = without(overlap(seen, [Span(0, problem.length)]), held)
-        rows += part.share * sum(span.size for span in missing)
-    return rows * 2 * problem.head_dim * problem.dtype.itemsize
 
 
 def _transfers(depart: Integers, source: Integers, target: Integers, moved: Integers) -> Transfers:

@@ -5,7 +5,7 @@ What strategies come down to that bring heads or keys together first; as an exec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,8 +22,6 @@ from ringspan.kernels.select import Backend
 from ringspan.kernels.state import Gradients, Running, Saved
 from ringspan.kernels.work import Work, work
 
-Choose = Callable[[Work], Backend]  # the kernel for a work that is all that its rows meet
-
 MANY = 16  # spans from which one indexed copy is quicker than a copy for each
 
 
@@ -34,14 +32,14 @@ class Alone:
     Args:
         parts: batch rows and KV heads with a mask each, of the tensors given.
         queries, keys: the global positions of their rows, ascending.
-        kernel: for every call, or chosen call by call: its result is cast once, so a kernel that rounds may serve.
+        kernel: asked for each call again: its result is cast once, so a kernel that rounds may serve.
         scale: factor on the logits.
     """
 
     parts: tuple[Part, ...]
     queries: tuple[Span, ...]
     keys: tuple[Span, ...]
-    kernel: Backend | Choose
+    kernel: Backend
     scale: float
 
     def forward(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -64,13 +62,13 @@ class Alone:
 
     def _call(self, part: Part) -> tuple[Backend, Work]:
         each = work(part.mask, self.queries, self.keys)
-        return (self.kernel if isinstance(self.kernel, Backend) else self.kernel(each)), each
+        return self.kernel.alone(each), each
 
 
 class Local:
     """The executor of a world of one rank."""
 
-    def __init__(self, problem: Problem, kernel: Backend | Choose, scale: float) -> None:
+    def __init__(self, problem: Problem, kernel: Backend, scale: float) -> None:
         self.problem = problem
         self.calls = Alone(problem.parts, problem.spans(0), problem.kv_spans(0), kernel, scale)
 
@@ -104,11 +102,6 @@ class LocalMoves:
         del backward
         return np.array([[live(self.problem, self.problem.spans(0))]], dtype=np.int64)
 
-    def lower_bound(self, rank: int) -> int:
-        """Return 0."""
-        del rank
-        return 0
-
 
 def refuses(problem: Problem) -> str | None:
     """Return one line where there is more than one rank."""
@@ -122,7 +115,7 @@ def moves(problem: Problem) -> LocalMoves:
     return LocalMoves(problem)
 
 
-def executor(problem: Problem, wiring: Wiring, kernel: Backend | Choose, scale: float) -> Local:
+def executor(problem: Problem, wiring: Wiring, kernel: Backend, scale: float) -> Local:
     """Return the executor for one rank; nothing of ``wiring`` is used, for there is nobody to reach."""
     del wiring
     return Local(problem, kernel, scale)

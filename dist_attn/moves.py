@@ -57,7 +57,3 @@ class Moves(Protocol):
     def areas(self, *, backward: bool = False) -> Integers:
         """Return [rounds, world]: live pairs, times query heads and batch rows, of each round of a pass."""
         ...
-
-    def lower_bound(self, rank: int) -> int:
-        """Return the fewest payload bytes that ``rank`` must receive in a forward pass in which queries stay."""
-        ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ringspan.kernels.mask import Mask, Span, overlap
+from ringspan.kernels.mask import Mask, Span, overlap, union
 
 
 class Pair(NamedTuple):
@@ -29,6 +29,12 @@ def pairs_of(mask: Mask, queries: Sequence[Span], keys: Sequence[Span]) -> tuple
             found += [Pair(q, k, True) for k in full]
             found += [Pair(q, k, False) for k in without(seen, full)]
     return tuple(found)
+
+
+def missing(mask: Mask, queries: Sequence[Span], held: Sequence[Span], length: int) -> tuple[Span, ...]:
+    """Return the keys under ``length`` that some query sees and that are not ``held``."""
+    seen = union(span for own in queries for cut in mask.cuts(own) for span in mask.reach(cut))
+    return without(overlap(seen, [Span(0, length)]), union(held))
 
 
 def without(spans: Sequence[Span], holes: Sequence[Span]) -> tuple[Span, ...]:

@@ -64,7 +64,7 @@ class Plan:
 
     def lower_bound_bytes(self, rank: int) -> int:
         """Return the bytes of K and V rows that some query of ``rank`` sees and it does not hold."""
-        return self.moves.lower_bound(rank)
+        return self.problem.lower_bound(rank)
 
     def area(self, rank: int) -> float:
         """Return live (query, key) pairs that ``rank`` computes, mean over KV heads (an int where it is whole)."""
@@ -116,7 +116,7 @@ def plan(
     mask: Mask,
     layout: Layout,
     *,
-    world: int | tuple[int, int],
+    world: int | tuple[int, ...],
     length: int,
     heads: int,
     kv_heads: int,
@@ -152,8 +152,8 @@ def plan(
             f"heads: {heads} query heads cannot share {kv_heads} KV heads; heads must be a multiple of them"
         )
     mesh = world if isinstance(world, tuple) else (world,)
-    if min(mesh) < 1:
-        raise ValueError(f"world: {world} must be at least 1")
+    if min(mesh) < 1 or len(mesh) > 2:
+        raise ValueError(f"world: {world} must be at least 1, or (nodes, ranks in a node)")
     batch = row_count(mask) or 1
     parts = parts_of(mask, batch, kv_heads)
     for part in parts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ringspan.dist_attn.layout import Layout
+from ringspan.dist_attn.pairs import missing
 from ringspan.kernels.mask import Span
 from ringspan.kernels.parts import Part
 
@@ -72,3 +73,10 @@ class Problem:
     def kv_spans(self, rank: int) -> tuple[Span, ...]:
         """Return the key spans that ``rank`` holds."""
         return self.kv_layout.spans(rank, self.world, self.length)
+
+    def lower_bound(self, rank: int) -> int:
+        """Return the fewest payload bytes of keys and values that ``rank`` must receive while queries stay."""
+        queries, held = self.spans(rank), self.kv_spans(rank)
+        needs = ((part, missing(part.mask, queries, held, self.length)) for part in self.parts)
+        rows = sum(span.size * part.share for part, spans in needs for span in spans)
+        return rows * 2 * self.head_dim * self.dtype.itemsize

@@ -49,13 +49,6 @@ class RingMoves:
             found.append(np.pad(areas * (part.share * ratio), ((0, _rounds(made) - len(areas)), (0, 0))))
         return np.concatenate(found)
 
-    def lower_bound(self, rank: int) -> int:
-        """Bytes of the key and value rows that ``rank`` needs and does not hold."""
-        rows = (
-            made.needed_rows(rank) * part.share for part, made in zip(self.problem.parts, self.schedules, strict=True)
-        )
-        return sum(rows) * 2 * self.problem.head_dim * self.problem.dtype.itemsize
-
 
 def _rounds(made: Schedule) -> int:
     """Return the rounds of one part: all steps, and the last gradients home."""

@@ -9,7 +9,6 @@ Causal zigzag falls out: first halves go all the way round clockwise, second hal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -19,9 +18,9 @@ from ringspan.dist_attn.areas import areas_by_segment, halving_row
 from ringspan.dist_attn.hops import FIELDS, Hops, inside, pieces, route_all
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.moves import Integers
-from ringspan.dist_attn.pairs import without
+from ringspan.dist_attn.pairs import missing
 from ringspan.dist_attn.steps import Hop, Step, steps_of
-from ringspan.kernels.mask import Mask, Span, overlap, union
+from ringspan.kernels.mask import Mask, Span
 from ringspan.kernels.work import Work, work
 
 HALF_ROWS = 256  # a rank's own keys are cut at multiples of this, or not at all
@@ -157,11 +156,6 @@ def schedule(
     mesh = world if isinstance(world, tuple) else (world,)
     kv_layout, ranks = kv_layout or layout, int(np.prod(mesh))
     held = [kv_layout.spans(rank, ranks, length) for rank in range(ranks)]
-    needs = tuple(_needs(mask, layout.spans(rank, ranks, length), held[rank], length) for rank in range(ranks))
+    needs = tuple(missing(mask, layout.spans(rank, ranks, length), held[rank], length) for rank in range(ranks))
     owners, segments, wanted = pieces(held, needs)
     return Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(owners, segments, wanted, mesh))
-
-
-def _needs(mask: Mask, queries: Sequence[Span], held: Sequence[Span], length: int) -> tuple[Span, ...]:
-    seen = union(span for own in queries for cut in mask.cuts(own) for span in mask.reach(cut))
-    return without(overlap(seen, [Span(0, length)]), union(held))

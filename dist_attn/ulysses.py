@@ -18,7 +18,7 @@ from ringspan.dist_attn import local
 from ringspan.dist_attn.exchange import Exchange
 from ringspan.dist_attn.executor import Attended, Executor, Wiring
 from ringspan.dist_attn.heads import Deal
-from ringspan.dist_attn.local import Choose, put_rows, take_rows
+from ringspan.dist_attn.local import put_rows, take_rows
 from ringspan.dist_attn.message import Message, Spec
 from ringspan.dist_attn.problem import Problem
 from ringspan.dist_attn.ulysses_plan import deals, inner_problem, places_of, rows_of
@@ -174,23 +174,18 @@ def executor(
     scale: float,
     *,
     inner_executor: InnerExecutor | None = None,
-    choose: Choose | None = None,
 ) -> Executor:
     """Return the executor of one rank.
 
     Args:
         inner_executor: attends between the nodes of a 2-D mesh; None: all ranks are one node.
-        choose: the kernel for a call that is all that its rows meet, instead of ``kernel``; only without
-            ``inner_executor``.
     """
-    if inner_executor is not None and choose is not None:
-        raise ValueError("choose: given with inner_executor, which meets keys in several calls; leave one of them out")
     places = places_of(problem, inner_executor is not None)
     node, place = divmod(wiring.rank, places)
     exchange = wiring.flat if inner_executor is None else wiring.inner
     inside = inner_problem(problem, places, place)
     if inner_executor is None:
-        inner: Executor = local.executor(inside, Wiring(node), choose or kernel, scale)
+        inner: Executor = local.executor(inside, Wiring(node), kernel, scale)
     else:
         inner = inner_executor(inside, Wiring(node, flat=wiring.outer), kernel, scale)
     if exchange is None:

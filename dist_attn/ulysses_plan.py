@@ -15,7 +15,6 @@ import numpy as np
 from typing_extensions import override
 
 from ringspan.dist_attn import local
-from ringspan.dist_attn.gather_plan import needed
 from ringspan.dist_attn.heads import Deal, deal, parts_for
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.moves import Integers, Moves, Transfers
@@ -94,10 +93,6 @@ class UlyssesMoves:
         for place, (areas, _) in enumerate(self.passes[backward]):
             found[1 : len(areas) + 1, place :: self.places] = areas
         return found
-
-    def lower_bound(self, rank: int) -> int:
-        """Return the bytes of K and V that some query of ``rank`` sees and it does not hold."""
-        return needed(self.problem, rank)
 
     @property
     def _deals(self) -> tuple[Deal, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -25,6 +25,11 @@ class Backend:
     name: str
     module: ModuleType
     why: str
+    again: Callable[[Work], Backend] | None = field(default=None, compare=False, repr=False)
+
+    def alone(self, work: Work) -> Backend:
+        """Return the kernel for a call that is all that its rows meet: one that rounds its result may serve it."""
+        return self if self.again is None else self.again(work)
 
     @property
     def forward(self) -> Callable[..., None]:
@@ -49,19 +54,23 @@ def select(
     Raises:
         ValueError: if the named one cannot do it, or none can: what is missing, and the remedy.
     """
+
+    def again(work: Work) -> Backend:
+        return select(device, dtype, head_dim, backend=backend, alone=work)
+
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend != "auto":
         reason = _refusal(backend, device, dtype, head_dim, alone)
         if reason:
             raise ValueError(f"backend: {backend} refuses: {reason}")
-        return Backend(backend, _module(backend), f"{backend}: asked for by name")
+        return Backend(backend, _module(backend), f"{backend}: asked for by name", again)
     reasons: list[str] = []
     for name in ("cpu",) if device.type == "cpu" else ("library", "triton", "reference"):
         reason = _refusal(name, device, dtype, head_dim, alone)
         if reason is None:
             instead = f"; not {'; not '.join(reasons)}" if reasons else ""
-            return Backend(name, _module(name), f"{name}: {_module(name).WHY}{instead}")
+            return Backend(name, _module(name), f"{name}: {_module(name).WHY}{instead}", again)
         reasons.append(f"{name} ({reason})")
     raise ValueError(f"backend: none serves {dtype} on {device}: {'; '.join(reasons)}")
 

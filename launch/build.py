@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from ringspan.configs.load import dump
 from ringspan.configs.schema import Config
-from ringspan.dist_attn import Contiguous, ZigZag, parse_mask
+from ringspan.dist_attn import Causal, parse_mask, plan
+from ringspan.dist_attn.layout import Layout
 from ringspan.finetune import publish
 from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
@@ -23,11 +25,10 @@ from ringspan.finetune.files import find_files
 from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
 from ringspan.finetune.track import Tracker
 from ringspan.kernels.parts import parts_of
+from ringspan.launch.plan_inputs import layer_masks, layout_of
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
-
-_LAYOUTS = {"zigzag": ZigZag, "contiguous": Contiguous}
 
 
 def check_inputs(config: Config) -> None:
@@ -48,6 +49,7 @@ def check_inputs(config: Config) -> None:
     read_tokenizer(tokenizer_path(config))
     scaling(config, hf_config)
     _check_mask(config, hf_config)
+    _check_strategy(config, hf_config)
     folder = Path(config.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +88,7 @@ def _check_mask(config: Config, hf_config: Any) -> None:
         return
     try:
         mask = parse_mask(text)
-        kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
-        for part in parts_of(mask, 1, kv_heads):
+        for part in parts_of(mask, 1, _kv_heads(hf_config)):
             part.mask.check(config.data.seq_length)
     except ValueError as error:
         raise Fault(f"attention.mask: {error}") from error
@@ -97,6 +98,34 @@ def _check_mask(config: Config, hf_config: Any) -> None:
         raise Fault(
             f"attention.mask: {text!r} shows a query later tokens, the labels it is trained on; write causal & ({text})"
         )
+
+
+def _check_strategy(config: Config, hf_config: Any) -> None:
+    """Check that the layout can be made, and that the strategy serves so many ranks and heads.
+
+    Raises:
+        Fault: if not; whether it does is no matter of the mask.
+    """
+    hf = hf_config.get_text_config()
+    heads = int(hf.num_attention_heads)
+    try:
+        plan(
+            Causal(),
+            make_layout(config, hf_config),
+            world=config.parallel.cp,
+            length=config.data.seq_length,
+            heads=heads,
+            kv_heads=_kv_heads(hf),
+            head_dim=int(getattr(hf, "head_dim", None) or hf.hidden_size // heads),
+            dtype=getattr(torch, config.model.dtype),
+            strategy="ring" if config.attention.strategy == "auto" else config.attention.strategy,
+        )
+    except ValueError as error:
+        raise Fault(f"attention.{error}") from error
+
+
+def _kv_heads(hf_config: Any) -> int:
+    return int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
 
 
 def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
@@ -133,11 +162,23 @@ def make_stream(config: Config, tokenizer: Any) -> SequenceStream:
     )
 
 
+def make_layout(config: Config, hf_config: Any) -> Layout:
+    """Return who holds which tokens; balanced: by the work of all layers of this model.
+
+    Raises:
+        Fault: for a layer whose attention is not supported.
+    """
+    text_config = hf_config.get_text_config()
+    texts = [config.attention.mask or text for text in layer_masks(text_config) if text is not None]
+    layers = [(parse_mask(text), count) for text, count in Counter(texts).items()]
+    return layout_of(config.attention.layout, layers, _kv_heads(text_config))
+
+
 def make_context(config: Config, place: Place) -> SequenceContext:
     """Build the context that shares sequences over the ranks."""
     return SequenceContext(
         place.group,
-        layout=_LAYOUTS[config.attention.layout](),
+        layout=make_layout(config, read_config(config.model.path, config.model.config, config.model.made_by)),
         strategy=config.attention.strategy,
         mask=parse_mask(config.attention.mask) if config.attention.mask is not None else None,
         keep_attention=config.train.activation_checkpointing,

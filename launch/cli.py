@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from ringspan.configs.schema import Config
 
 BAD_INPUT = 2
-VERBS = {"train": "fine-tune a causal language model, its sequences sharded over ranks"}
+VERBS = {
+    "train": "fine-tune a causal language model, its sequences sharded over ranks",
+    "plan": "say what attention would move and take, for any number of ranks, without starting one",
+}
 _TRAIN_USAGE = "ringspan train CONFIG.yaml [--section.key value | section.key=value ...]"
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=.*", re.DOTALL)
 _TRAIN_NEEDS = (
     "pydantic", "yaml", "transformers", "datasets", "tokenizers", "peft",
     "safetensors", "rich", "matplotlib", "numpy",
 )  # fmt: skip
+_PLAN_NEEDS = tuple(name for name in _TRAIN_NEEDS if name not in ("datasets", "tokenizers"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] == "train":
         return _train(arguments[1:])
+    if arguments and arguments[0] == "plan":
+        return _plan(arguments[1:])
     return _top(arguments)
 
 
-def parse_train(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Split the arguments of ``train`` into the config's path and overrides ``section.key=value``.
+def parse_train(argv: Sequence[str], usage: str = _TRAIN_USAGE) -> tuple[str, list[str]]:
+    """Split the arguments of a verb into the config's path and overrides ``section.key=value``.
 
     Raises:
         SystemExit: with code 2, after one line on stderr (rank 0) that says why not.
@@ -66,7 +72,7 @@ def parse_train(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             paths.append(argument)
     if not paths:
-        _stop(f"no config given; usage: {_TRAIN_USAGE}")
+        _stop(f"no config given; usage: {usage}")
     if len(paths) > 1:
         _stop(f"{paths[1]}: a second config, after {paths[0]}; an override is section.key=value")
     return paths[0], overrides
@@ -98,9 +104,7 @@ def _top(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    missing = [name for name in _TRAIN_NEEDS if find_spec(name) is None]
-    if missing:
-        _stop(f"train needs {', '.join(missing)}; install: pip install 'ringspan[train]'")
+    _check_needs("train", _TRAIN_NEEDS)
     if "-h" in arguments or "--help" in arguments:
         _train_help()
         return 0
@@ -110,13 +114,38 @@ def _train(arguments: list[str]) -> int:
     return launch(config, path, overrides)
 
 
-def read_train(argv: Sequence[str]) -> tuple[Config, str, list[str]]:
-    """Return the config that the arguments of ``train`` describe, its path, and the overrides.
+def _plan(arguments: list[str]) -> int:
+    _check_needs("plan", _PLAN_NEEDS)
+    from ringspan.launch import plan_options
+
+    if "-h" in arguments or "--help" in arguments:
+        print(f"usage: {plan_options.USAGE}\n\n{VERBS['plan']}\n\noptions:")
+        for name, text in plan_options.HELP.items():
+            print(f"  --{name} {plan_options.VALUES[name]}\n        {text}")
+        print("\nThe config's settings are those of ringspan train --help.")
+        return 0
+    try:
+        options, rest = plan_options.take(arguments)
+    except ValueError as error:
+        _stop(str(error))
+    config, _, _ = read_train(rest, plan_options.USAGE)
+    from ringspan.launch.plan import launch  # torch comes with it
+
+    return launch(config, options)
+
+
+def _check_needs(verb: str, needs: Sequence[str]) -> None:
+    if missing := [name for name in needs if find_spec(name) is None]:
+        _stop(f"{verb} needs {', '.join(missing)}; install: pip install 'ringspan[train]'")
+
+
+def read_train(argv: Sequence[str], usage: str = _TRAIN_USAGE) -> tuple[Config, str, list[str]]:
+    """Return the config that the arguments of a verb describe, its path, and the overrides.
 
     Raises:
         SystemExit: with code 2, after every fault has been told on a line of its own (by rank 0).
     """
-    path, overrides = parse_train(argv)
+    path, overrides = parse_train(argv, usage)
     from ringspan.configs.load import ConfigError, load
 
     try:

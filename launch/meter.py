@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Documents, Mask, Plan, plan
+from ringspan.dist_attn.layout import Layout
 from ringspan.finetune.model import Trained
 from ringspan.launch.ranks import Place
-from ringspan.parallel.boundaries import Boundaries, rows_of
+from ringspan.parallel.boundaries import Packed, rows_of
 from ringspan.parallel.context import SequenceContext
 
 
@@ -34,35 +35,35 @@ class Meter:
         self._seconds = 0.0
         self._tokens = 0
         self._bound = torch.zeros(place.world, dtype=torch.float64)  # bytes each rank had to receive, over the run
-        self._batches: list[tuple[int, ...]] = []  # the step's documents, a batch row each
+        self._batches: list[tuple[tuple[int, ...], Layout]] = []  # the step's documents, a batch row each, and its cut
         self._seen = context.traffic.received_payload
         self._received = torch.zeros(place.world, dtype=torch.float64)
         self._peaks = [self.peak_gib(place)] * place.world
 
-    def plan(self, boundaries: Boundaries, batch: int) -> None:
+    def plan(self, packed: Packed, batch: int) -> None:
         """Note a micro-batch; what it costs is planned from the masks that its layers turn out to have."""
-        self._batches += rows_of(boundaries, batch)
+        self._batches += [(edges, packed.layout) for edges in rows_of(packed, batch)]
 
     def _costs(self) -> tuple[float, float]:
         """Return this rank's lower bound in bytes, and its live pairs, of the step's attention over all layers.
 
-        K and V are needed twice (forward, backward), dK and dV once. Over all ranks dK and dV arrive as often as rows
-        were needed; where they arrive is the plan's.
+        The bound is the ring's, whose exact pieces meet it: K and V are needed twice (forward, backward), dK and dV
+        once. Over all ranks dK and dV arrive as often as rows were needed; where they arrive is the plan's.
         """
         rank, bound, area = self._place.rank, 0.0, 0.0
         for mask, layers in Counter(self._context.layer_masks.values()).items():
-            for edges in self._batches:
-                each = self._planned(mask, edges)
+            for edges, layout in self._batches:
+                each = self._planned(mask, edges, layout)
                 gradients = each.received_bytes(rank, backward=True) - each.received_bytes(rank)
                 bound += layers * (2 * each.lower_bound_bytes(rank) + gradients)
                 area += layers * each.area(rank)
         self._batches = []
         return bound, area
 
-    def _planned(self, mask: Mask, edges: tuple[int, ...]) -> Plan:
+    def _planned(self, mask: Mask, edges: tuple[int, ...], layout: Layout) -> Plan:
         return plan(
             mask if len(edges) == 2 else mask & Documents(edges),
-            self._context.layout,
+            layout,
             world=self._place.world,
             length=edges[-1],
             heads=self._heads,

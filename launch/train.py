@@ -87,10 +87,15 @@ def train(config: Config, place: ranks.Place, stage: list[int]) -> None:
     tracker = together(place.group, "tracker", lambda: build.make_tracker(config, state.step) if first else None)
     console.banner(_facts(config, place, state, tracker))
     stage[0] = FAILED
+    told: set[str] = set()
     try:
         with console:
             while state.step < config.train.max_steps:
                 row = train_step(config, place, state, context, meter)
+                for kind, why in context.decisions.items():
+                    if kind not in told:
+                        told.add(kind)
+                        console.line(f"attention {kind}: {why}")
                 last = state.step == config.train.max_steps
                 if config.eval.every and (state.step % config.eval.every == 0 or last):
                     row |= evaluation.during(judge)
@@ -173,7 +178,7 @@ def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | 
         "tokens": f"{config.data.seq_length} a sequence, {per_step} a step, "
         f"{per_step * config.train.max_steps / 1e6:.1f} M in all",
         "attention": f"{config.attention.mask or 'as each layer declares it'}, within documents; "
-        f"strategy {config.attention.strategy} -> ring; {kernel.why}",
+        f"strategy {config.attention.strategy}; {kernel.why}",
         "rope": str(trained.rope) if trained.rope is not None else "as the model has it",
         "memory": f"{Meter.peak_gib(place):.2f} GiB on this rank after building",
         "run": f"{config.train.output_dir}, from step {state.step}, W&B {tracker.mode if tracker else '-'}",

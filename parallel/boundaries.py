@@ -8,10 +8,34 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ringspan.dist_attn.layout import Layout
 from ringspan.kernels.mask import Documents
 
 Boundaries = tuple[int, ...] | tuple[tuple[int, ...], ...]
 """Boundaries of one sequence that serves every batch row, or one per row; see ``Documents``."""
+
+
+class Packed:
+    """How a batch is packed and cut, on its way through a model as a forward keyword.
+
+    torch.compile guards on the values of ints and tuples, so that each batch with other documents would be compiled
+    anew. It takes an object as it is, and a tensor by its shape: compiled code reads ``tensor`` and ``length`` alone.
+
+    Args:
+        edges: boundaries that have been checked.
+        layout: who holds which tokens of this batch.
+    """
+
+    def __init__(self, edges: Boundaries, layout: Layout) -> None:
+        self.edges = edges
+        rows = rows_of(edges, 1)
+        self.length = rows[0][-1]  # global tokens
+        self.tensor = torch.tensor([edge for row in rows for edge in row])  # as kernels.attention.attend takes them
+        self.documents = Documents(edges) if any(len(row) > 2 for row in rows) else None  # None: one in each row
+        self.layout = layout.fitted(self.documents)
+
+    def __repr__(self) -> str:
+        return f"Packed({self.edges}, {self.layout})"
 
 
 def of_batch(given: object, padding: Tensor | None, batch: int, length: int) -> Boundaries:
@@ -48,8 +72,10 @@ def of_positions(position_ids: Tensor) -> Boundaries:
     return _from_changes(position_ids[:, 1:] != position_ids[:, :-1] + 1, position_ids.shape[1])
 
 
-def rows_of(boundaries: Boundaries, batch: int) -> tuple[tuple[int, ...], ...]:
+def rows_of(boundaries: Boundaries | Packed, batch: int) -> tuple[tuple[int, ...], ...]:
     """Return the boundaries of each of ``batch`` rows."""
+    if isinstance(boundaries, Packed):
+        boundaries = boundaries.edges
     if isinstance(boundaries[0], tuple):
         return cast(tuple[tuple[int, ...], ...], boundaries)
     return (cast(tuple[int, ...], boundaries),) * batch
@@ -83,6 +109,8 @@ def _shortest(rows: tuple[tuple[int, ...], ...]) -> Boundaries:
 
 
 def _plain(given: object) -> object:
+    if isinstance(given, Packed):
+        return given.edges
     if isinstance(given, Tensor):
         return given.tolist()
     if isinstance(given, Sequence) and given and isinstance(given[0], Tensor | Sequence):

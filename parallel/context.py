@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan.dist_attn.api import Group, place, to_group
 from ringspan.dist_attn.exchange import Traffic, agree
+from ringspan.dist_attn.groups import Group, groups_of
 from ringspan.dist_attn.layout import Layout, ZigZag
 from ringspan.dist_attn.planner import check_strategy
 from ringspan.kernels.mask import Mask
-from ringspan.parallel.boundaries import Boundaries, of_batch, positions, shift_labels
+from ringspan.parallel.boundaries import Boundaries, Packed, of_batch, positions, shift_labels
 from ringspan.parallel.hf_attention import NAME, Forward, register
 
 IGNORE = -100  # label of a token that is not scored, as everywhere in Hugging Face
@@ -33,9 +33,9 @@ class SequenceContext:
     """How one sequence is shared by the ranks of ``group``.
 
     Args:
-        group: the ranks that share a sequence: a ProcessGroup, a 1-D DeviceMesh, or None for a process that holds it
-            all.
-        layout: who holds which tokens.
+        group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh (2-D: nodes, ranks in a node), or None for
+            a process that holds it all.
+        layout: who holds which tokens; one that looks at documents is fitted to each batch.
         strategy: as in ``dist_attn.attention``.
         mask: for every layer; None takes each layer's own (causal or full, with its sliding window, as the model
             declares it). Document boundaries of the batch are added to either.
@@ -53,14 +53,19 @@ class SequenceContext:
         keep_attention: bool = False,
     ) -> None:
         check_strategy(strategy)
-        self.group: dist.ProcessGroup | None = to_group(group)
-        self.rank, self.world = place(self.group)
+        groups = groups_of(group)
+        self.group: dist.ProcessGroup | None = groups.flat
+        self.rank, self.world = groups.rank, groups.world
+        self._given = group
         self.layout = layout or ZigZag()
         self.strategy = strategy
+        if mask is not None and mask.documents is not None:
+            raise ValueError(f"mask: {mask} holds documents; these come with each batch, leave them out")
         self.mask = mask
         self.keep_attention = keep_attention
         self.traffic = Traffic()
-        self.layer_masks: dict[int, Mask] = {}  # by layer index, of the last pass; without document boundaries
+        self.layer_masks: dict[int, Mask] = {}  # by layer index, without documents; as of the last pass that noted them
+        self.decisions: dict[str, str] = {}  # the strategy last taken and why, by the text of a kind of layer's mask
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return this rank's part of a batch that every rank of the group holds in full.
@@ -72,7 +77,8 @@ class SequenceContext:
 
         Returns:
             ``input_ids``, ``position_ids`` and (with labels) ``shift_labels``, each [B, L]; ``document_boundaries`` of
-            the global sequence. To be passed on with ``kwargs()``: ``model(**local, **context.kwargs())``.
+            the global sequence, a ``Packed``. To be passed on with ``kwargs()``:
+            ``model(**local, **context.kwargs())``.
 
         Raises:
             Disagreement: on every rank alike, if a rank's batch is faulty or differs from the others'.
@@ -84,25 +90,27 @@ class SequenceContext:
         except ValueError as error:
             fault = str(error)
         agree(self.group, self._facts(full, boundaries), fault)
-        local: dict[str, Any] = {name: self._cut(tensor) for name, tensor in full.items()}
-        local["document_boundaries"] = boundaries
+        packed = Packed(boundaries, self.layout)
+        local: dict[str, Any] = {name: self._cut(tensor, packed.layout) for name, tensor in full.items()}
+        local["document_boundaries"] = packed
         return local
 
     def kwargs(self) -> dict[str, Any]:
         """Return the forward keywords of one pass: call it anew for each micro-batch."""
         forward = Forward(
-            self.group,
+            self._given,
             self.layout,
             self.strategy,
-            self.mask,
+            None if self.mask is None else str(self.mask),
             self.keep_attention,
             self.traffic,
             layer_masks=self.layer_masks,
+            decisions=self.decisions,
         )
         return {"use_cache": False, NAME: forward}
 
-    def _cut(self, x: Tensor) -> Tensor:
-        spans = self.layout.spans(self.rank, self.world, x.shape[1])
+    def _cut(self, x: Tensor, layout: Layout) -> Tensor:
+        spans = layout.spans(self.rank, self.world, x.shape[1])
         return torch.cat([x[:, span.start : span.stop] for span in spans], dim=1) if spans else x[:, :0]
 
     def _check_length(self, length: int) -> None:

@@ -2,12 +2,17 @@
 
 What a layer declares is honoured (causal or full, sliding window, learned sinks) or refused by the layer's name;
 nothing is dropped.
+
+Under torch.compile one rank's attention is one operator of the graph. Over several ranks it stands between graphs: an
+exchange is no operator, and Python plans it. Compiled code reads nothing here that changes from one batch to the next
+(documents are a tensor), or from one layer to the next of its kind: neither compiles anything anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,29 +22,51 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ringspan.dist_attn.api import Extras, run
 from ringspan.dist_attn.exchange import Traffic
+from ringspan.dist_attn.groups import Group, groups_of
 from ringspan.dist_attn.layout import Layout, ZigZag
-from ringspan.kernels.mask import Causal, Documents, Full, Mask, Window
-from ringspan.parallel.boundaries import Boundaries, of_padding, of_positions
+from ringspan.kernels.attention import attend
+from ringspan.kernels.mask import Mask
+from ringspan.kernels.masks.expression import parse
+from ringspan.parallel.boundaries import Packed, of_padding, of_positions
+from ringspan.parallel.hf_mask import declared, ringspan_mask
 
 NAME = "ringspan"
+_UNKNOWN = (  # what some models ask their attention for, and this one does not compute
+    "softcap",
+    "logits_soft_cap",
+    "position_bias",
+    "head_mask",
+    "cu_seq_lens_q",
+    "chunk_size",
+    "indices",
+    "block_indices",
+    "sinks",
+)
 
 
-@dataclass
+@dataclass(eq=False)
 class Forward:
     """One forward pass of one micro-batch: what its attention layers need, and what they keep for a recompute.
 
-    The fields are ``SequenceContext``'s; ``kept`` holds each layer's (out, lse) between its first pass and its
-    recompute; ``layer_masks`` notes what each layer computes, before document boundaries.
+    The fields are ``SequenceContext``'s, ``mask`` in its text. ``kept`` holds each layer's (out, lse) between its first
+    pass and its recompute; ``batch`` the documents of the batch it is kept for. ``layer_masks`` notes what each layer
+    computes, before document boundaries, and ``decisions`` by which strategy, and why.
     """
 
-    group: dist.ProcessGroup | None = None
+    group: Group = None
     layout: Layout = field(default_factory=ZigZag)
     strategy: str = "auto"
-    mask: Mask | None = None
+    mask: str | None = None
     keep_attention: bool = False
     traffic: Traffic = field(default_factory=Traffic)
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layer_masks: dict[int, Mask] = field(default_factory=dict)
+    decisions: dict[str, str] = field(default_factory=dict)
+    batch: object = None
+
+    def __post_init__(self) -> None:
+        # One rank that keeps nothing: attention is then one operator.
+        self.alone = groups_of(self.group).world == 1 and not self.keep_attention
 
 
 def register() -> None:
@@ -54,35 +81,66 @@ def ringspan_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query [B, H, L, D], key and value [B, G, L, D]; returns ([B, L, H, D], None).
 
     What the model declares is honoured (causal or full, ``sliding_window``, learned sinks ``s_aux``) or refused by the
     layer's name; a mask that the context gives takes the place of causal and window.
+
+    Args:
+        module: the layer.
+        attention_mask: what ``ringspan_mask`` made.
+        kwargs: ``scaling``, ``dropout``, and what the model hands through: the context's among them.
     """
-    layer = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
-    given: Forward | None = kwargs.get(NAME)
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    _refuse(layer, query, key, attention_mask, dropout, given, {**kwargs, "is_causal": causal})
-    forward = given or Forward()
+    forward: Forward | None = kwargs.get(NAME)
     boundaries = kwargs.get("document_boundaries")
-    if boundaries is None:
-        boundaries = _own_documents(query, attention_mask, kwargs.get("position_ids"))
-    length = query.shape[2] if boundaries is None else _length(boundaries)
-    index = int(getattr(module, "layer_idx", 0) or 0)
-    mask = forward.mask or _own_mask(causal, kwargs.get("sliding_window"))
-    forward.layer_masks[index] = mask
-    if boundaries is not None and boundaries != (0, length):
-        mask = mask & Documents(boundaries)
+    if forward is None or not forward.alone or not isinstance(boundaries, Packed):
+        return _exchanged(module, query, key, value, attention_mask, kwargs), None
+    text = _mask_of(module, query, key, attention_mask, kwargs)
+    if boundaries.length != query.shape[2]:
+        raise ValueError(
+            f"{_layer(module)}: {query.shape[2]} tokens, but document_boundaries end at {boundaries.length}; "
+            "pass all that SequenceContext.shard returned"
+        )
+    if not torch.compiler.is_compiling():  # a compiled graph reads no layer's number
+        forward.layer_masks[_index(module)] = _parsed(text)
     q, k, v = (x.transpose(1, 2) for x in _one_dtype(query, key, value))
-    keep = forward.keep_attention and torch.is_grad_enabled()
-    kept = forward.kept.pop(index, None) if keep else None
-    extras = Extras(label=index, traffic=forward.traffic, agreed=True, keep=keep, kept=kept)
+    try:
+        return attend(
+            q,
+            k,
+            v,
+            mask=text,
+            boundaries=boundaries.tensor,
+            sinks=kwargs.get("s_aux"),
+            scale=kwargs.get("scaling"),
+            out_dtype=q.dtype,
+        )[0], None
+    except ValueError as error:
+        raise ValueError(f"{_layer(module)}: {error}") from error
+
+
+@torch.compiler.disable(reason="an exchange is no operator, and Python plans it")
+def _exchanged(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """Attention over several ranks, or kept for a recompute, or of a batch that no context has cut."""
+    text = _mask_of(module, query, key, attention_mask, kwargs)
+    forward, index = kwargs.get(NAME) or Forward(), _index(module)
+    packed = _packed(query, attention_mask, forward.layout, kwargs)
+    forward.layer_masks[index] = mask = _parsed(text)
+    if packed.documents is not None:
+        mask = mask & packed.documents
+    q, k, v = (x.transpose(1, 2) for x in _one_dtype(query, key, value))
+    # A layer under reentrant checkpointing makes its first pass without gradients.
+    keep = forward.keep_attention and (torch.is_grad_enabled() or module.training)
+    kept = _kept(forward, index, kwargs.get("document_boundaries"), _layer(module)) if keep else None
     try:
         out, lse = run(
             q,
@@ -90,96 +148,114 @@ def ringspan_attention(
             v,
             mask=mask,
             group=forward.group,
-            layout=forward.layout,
+            layout=packed.layout,
             strategy=forward.strategy,
             sinks=kwargs.get("s_aux"),
-            scale=scaling,
-            length=length,
-            extras=extras,
+            scale=kwargs.get("scaling"),
+            length=packed.length,
+            extras=Extras(
+                label=index,
+                traffic=forward.traffic,
+                agreed=True,
+                keep=keep,
+                kept=kept,
+                decided=partial(forward.decisions.__setitem__, text),
+            ),
         )
     except ValueError as error:
-        raise ValueError(f"{layer}: {error}") from error
+        raise ValueError(f"{_layer(module)}: {error}") from error
     if keep and kept is None:
         forward.kept[index] = (out.detach(), lse.detach())
-    return out, None
+    return out
 
 
-def ringspan_mask(
-    *args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
-) -> Tensor | None:
-    """Mask function for transformers: hand padding on to the attention function instead of building a table.
+def _kept(forward: Forward, index: int, batch: object, layer: str) -> tuple[Tensor, Tensor] | None:
+    """Take what the first pass of this layer kept; None in the first pass itself."""
+    if forward.batch is not batch and forward.batch is not None:
+        raise ValueError(f"{layer}: one context.kwargs() for two batches; call it anew for each of them")
+    forward.batch = batch
+    return forward.kept.pop(index, None)
 
-    Raises:
-        ValueError: for a model that composes its own mask function, which no mask expression here stands for.
-    """
-    del args, kwargs
-    if use_vmap:
-        raise ValueError("the model composes its own attention mask function; ringspan attention cannot honour it")
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask
+
+def _mask_of(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> str:
+    """Return the text of the mask without documents; raise, with the layer's name, for what is not computed here."""
+    forward: Forward | None = kwargs.get(NAME)
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    window = kwargs.get("sliding_window")
+    try:
+        padding, of_mask = declared(attention_mask)
+    except ValueError as error:
+        raise ValueError(f"{_layer(module)}: {error}") from error
+    if padding is not None and forward is not None:
+        raise ValueError(
+            f"{_layer(module)}: attention_mask of 2 dimensions; put it into the batch that SequenceContext.shard cuts"
+        )
+    if of_mask is not None and window is not None and of_mask != window:
+        raise ValueError(f"{_layer(module)}: sliding_window {window}, but the model's mask has one of {of_mask}")
+    window = of_mask if window is None else window
+    _refuse(module, query, key, forward, causal, window, kwargs)
+    if forward is not None and forward.mask is not None:
+        return forward.mask
+    if not causal:
+        return "full"
+    return "causal" if window is None else f"causal & window({window - 1})"  # Hugging Face counts the query itself
 
 
 def _refuse(
-    layer: str,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
     forward: Forward | None,
+    causal: bool,
+    window: int | None,
     kwargs: Mapping[str, Any],
 ) -> None:
     """Raise for what this attention does not compute: nothing a model asks for is dropped silently."""
-    window = kwargs.get("sliding_window")
-    boundaries = kwargs.get("document_boundaries")
-    if dropout > 0:
-        raise ValueError(f"{layer}: attention_dropout {dropout} is not supported; set it to 0 in the model's config")
-    if window is not None and kwargs.get("is_causal") is False:
-        raise ValueError(f"{layer}: sliding_window {window} without a causal mask is not supported")
-    for name in (
-        "softcap",
-        "logits_soft_cap",
-        "position_bias",
-        "head_mask",
-        "cu_seq_lens_q",
-        "chunk_size",
-    ):
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"{_layer(module)}: attention_dropout {kwargs['dropout']} is not supported; "
+            "set it to 0 in the model's config"
+        )
+    if window is not None and not causal:
+        raise ValueError(f"{_layer(module)}: sliding_window {window} without a causal mask is not supported")
+    for name in _UNKNOWN:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{layer}: {name} is not supported by ringspan attention")
+            raise ValueError(f"{_layer(module)}: {name} is not supported by ringspan attention")
     if kwargs.get("output_attentions"):
-        raise ValueError(f"{layer}: output_attentions is not supported: the weights are never all in one place")
+        raise ValueError(
+            f"{_layer(module)}: output_attentions is not supported: the weights are never all in one place"
+        )
     if key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"{layer}: {key.shape[2]} keys for {query.shape[2]} queries: a KV cache is not supported; use_cache=False"
+            f"{_layer(module)}: {key.shape[2]} keys for {query.shape[2]} queries: a KV cache is not supported; "
+            "use_cache=False"
         )
-    if attention_mask is not None and (forward is not None or attention_mask.dim() != 2):
-        raise ValueError(
-            f"{layer}: attention_mask of {attention_mask.dim()} dimensions; put a [batch, tokens] one into the batch "
-            "that SequenceContext.shard cuts"
-        )
-    if forward is not None and boundaries is None and forward.group is not None:
-        raise ValueError(f"{layer}: document_boundaries is missing: pass all that SequenceContext.shard returned")
     if forward is None and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
-            f"{layer}: {dist.get_world_size()} ranks and no context: pass **context.kwargs() to the model "
+            f"{_layer(module)}: {dist.get_world_size()} ranks and no context: pass **context.kwargs() to the model "
             "(SequenceContext() where each rank holds whole sequences)"
+        )
+    if forward is not None and forward.group is not None and kwargs.get("document_boundaries") is None:
+        raise ValueError(
+            f"{_layer(module)}: document_boundaries is missing: pass all that SequenceContext.shard returned"
         )
 
 
-def _own_mask(causal: bool, window: int | None) -> Mask:
-    """Return what the layer declares; Hugging Face's window counts the query itself."""
-    if not causal:
-        return Full()
-    return Causal() if window is None else Causal() & Window(window - 1)
-
-
-def _own_documents(query: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Boundaries | None:
-    """Without a context: documents from padding, or from position ids that start anew."""
-    if attention_mask is not None:
-        return of_padding(attention_mask)
-    if position_ids is not None and position_ids.dim() == 2:
-        return of_positions(position_ids.expand(query.shape[0], -1))
-    return None
+def _packed(query: Tensor, attention_mask: Tensor | None, layout: Layout, kwargs: Mapping[str, Any]) -> Packed:
+    """Return the batch's documents; without a context those of its padding, or of position ids that start anew."""
+    edges = kwargs.get("document_boundaries")
+    if isinstance(edges, Packed):
+        return edges
+    padding, _ = declared(attention_mask)
+    positions = kwargs.get("position_ids")
+    if edges is None and padding is not None:
+        edges = of_padding(padding)
+    elif edges is None and positions is not None and positions.dim() == 2:
+        edges = of_positions(positions.expand(query.shape[0], -1))
+    return Packed((0, query.shape[2]) if edges is None else edges, layout)
 
 
 def _one_dtype(*tensors: Tensor) -> Sequence[Tensor]:
@@ -190,6 +266,14 @@ def _one_dtype(*tensors: Tensor) -> Sequence[Tensor]:
     return tensors
 
 
-def _length(boundaries: Boundaries) -> int:
-    last = boundaries[-1]
-    return last if isinstance(last, int) else last[-1]
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Mask:
+    return parse(text)
+
+
+def _index(module: nn.Module) -> int:
+    return int(getattr(module, "layer_idx", 0) or 0)
+
+
+def _layer(module: nn.Module) -> str:
+    return f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"

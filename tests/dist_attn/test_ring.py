@@ -157,6 +157,7 @@ def compute(
         layout=layout,
         sinks=sinks,
         length=case.length,
+        strategy="ring",
         traffic=traffic,
     )
     assert out.dtype == DTYPES[case.dtype]

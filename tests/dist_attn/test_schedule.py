@@ -249,7 +249,7 @@ def test_a_world_that_does_not_exist_can_be_planned() -> None:
     [
         ({"strategy": "teleport"}, "strategy: 'teleport' is not one of auto, ring"),
         ({"heads": 3}, "heads: 3 query heads cannot share 2 KV heads"),
-        ({"world": 0}, "world: 0 must be at least 1"),
+        ({"world": 0}, "world: 0 must be at least 1, or"),
         ({"length": 7}, "ends at 8 but the sequence has 7 tokens"),
     ],
 )

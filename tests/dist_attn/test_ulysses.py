@@ -185,7 +185,6 @@ def test_the_plan_counts_every_live_pair_once_in_rounds_that_fit(name: str) -> N
         assert (found.depart < found.arrive).all()
         assert found.arrive.max() == len(areas) - 1
         assert (found.source != found.target).all()
-    assert plan.lower_bound(1) == gather_plan.moves(case.problem).lower_bound(1)
 
 
 def test_nothing_is_kept_for_a_backward_that_may_not_have_it() -> None:
@@ -206,22 +205,6 @@ def test_nothing_is_kept_for_a_backward_that_may_not_have_it() -> None:
     assert apart(rest, case._replace(keep=True)) == []
 
 
-def test_each_call_may_have_a_kernel_of_its_own() -> None:
-    case = Case("heads", (2,), (4, 2), 33)
-    plain = select(torch.device("cpu"), case.dtype, case.dim, backend="reference")
-    asked = []
-
-    def choose(work: Any) -> Any:
-        asked.append(str(work.mask))
-        return plain
-
-    chosen = Strategy(ulysses_plan.moves, lambda *given: ulysses.executor(*given, choose=choose))
-    check(case, chosen, run_threads(case, chosen))
-    assert sorted(set(asked)) == ["causal", "causal & (window(9) | sinks(2))"]
-    with pytest.raises(ValueError, match="choose: given with inner_executor"):
-        ulysses.executor(case.problem, Wiring(0), plain, 1.0, inner_executor=local.executor, choose=choose)
-
-
 def test_what_cannot_be_dealt_is_refused_with_the_numbers() -> None:
     few = Case("causal", (8,), (4, 2)).problem
     assert "4 query heads to 8 ranks" in (ulysses_plan.refuses(few) or "")
@@ -240,7 +223,7 @@ def test_what_a_rank_holds_is_the_keys_of_its_heads_twice() -> None:
     assert ulysses_plan.holds(problem, lambda inner: inner.world) == 2 * 2 * 20 * 1 * 8 * 8 + 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "blocks"])
 def test_a_node_holds_its_ranks_rows_in_ascending_order(layout: str) -> None:
     for length in (2, 37, 96):
         for node in range(2):

@@ -55,6 +55,7 @@ class TinyRun:
                 "tokenizer": str(self.text / "tokenizer"),
             },
             "data": {"path": str(self.text / "train.jsonl"), "seq_length": 131},
+            "attention": {"strategy": "ring"},
             "train": {
                 "learning_rate": 3.0e-3,
                 "max_steps": 10,

@@ -67,7 +67,7 @@ def test_help_names_the_verbs_and_train_help_the_settings() -> None:
     ("arguments", "told"),
     [
         (["trian"], "ringspan: trian: no such verb; did you mean train?\n"),
-        (["quux"], "ringspan: quux: no such verb; there is train\n"),
+        (["quux"], "ringspan: quux: no such verb; there is train, plan\n"),
         (["--verison"], "ringspan: --verison: no such option; did you mean --version?\n"),
         (["train", "-x", "c.yaml"], "ringspan: -x: no such option; "),
         (["train"], "ringspan: no config given; usage: ringspan train CONFIG.yaml ["),

@@ -132,10 +132,12 @@ def test_a_sparse_mask_trains_alike_on_two_ranks_and_moves_less(tiny: Any) -> No
     for name, mask in masks.items():
         for cp in (1, 2):
             run = f"{name}{cp}"
-            attention = {"mask": mask, "layout": "contiguous"} if mask else {"layout": "contiguous"}
+            attention = {"layout": "contiguous", "strategy": "ring"} | ({"mask": mask} if mask else {})
             done = tiny.train(tiny.config(run, attention=attention, parallel={"cp": cp}))
             assert done.returncode == 0, done.stderr
             assert (mask or "as each layer declares it") in done.stdout
+            if cp == 2:
+                assert f"attention {mask or 'causal'}: ring: asked for" in done.stdout
         one, two = tiny.losses(f"{name}1"), tiny.losses(f"{name}2")
         assert max(abs(a - b) / b for a, b in zip(two, one, strict=True)) <= 1e-5
         rows = tiny.metrics(f"{name}2")
@@ -144,6 +146,16 @@ def test_a_sparse_mask_trains_alike_on_two_ranks_and_moves_less(tiny: Any) -> No
     assert tiny.losses("sparse1") != tiny.losses("dense1")
     assert moved["sparse"] < moved["dense"] / 3
     assert moved["heads"] < moved["dense"] / 3
+
+
+def test_auto_says_what_it_took_and_trains_alike(tiny: Any) -> None:
+    done = tiny.train(tiny.config("auto", attention={"strategy": "auto"}, parallel={"cp": 2}))
+    assert done.returncode == 0, done.stderr
+    assert tiny.train(tiny.config("one")).returncode == 0
+    assert max(abs(a - b) / b for a, b in zip(tiny.losses("auto"), tiny.losses("one"), strict=True)) <= 1e-5
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("attention causal: ")]
+    assert "ms a layer" in line
+    assert "typical figures of CPU ranks" in line
 
 
 def test_bfloat16_trains(tiny: Any) -> None:

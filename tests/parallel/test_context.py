@@ -90,7 +90,7 @@ def test_a_recompute_does_not_run_the_ring_again() -> None:
 def shards(group: dist.ProcessGroup) -> dict[str, Any]:
     context = SequenceContext(group)
     local = context.shard({"input_ids": tokens(), "labels": tokens(), "document_boundaries": EDGES})
-    boundaries = local.pop("document_boundaries")
+    boundaries = local.pop("document_boundaries").edges
     return {"boundaries": boundaries, **{name: x[0].tolist() for name, x in local.items()}}
 
 
