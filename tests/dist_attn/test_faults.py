@@ -193,7 +193,7 @@ def fatal(kernel: Backend, way: str, number: int) -> Backend:
         return run
 
     module: Any = SimpleNamespace(forward=call("forward"), backward=call("backward"))
-    return replace(kernel, module=module)
+    return replace(kernel, module=module, again=None)
 
 
 def rank_of_three(rank: int, folder: Path, strategy: Strategy, way: str, number: int) -> None:
@@ -202,6 +202,7 @@ def rank_of_three(rank: int, folder: Path, strategy: Strategy, way: str, number:
     store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE_S))
     assert dist.group.WORLD is not None
+    dist.barrier()  # all are connected before one is lost
     traffic = Traffic()
     wiring = Wiring(rank, Exchange(dist.group.WORLD, "ab" * 32, 0, traffic))
     if rank == LOST:
