@@ -111,6 +111,10 @@ class Attention(Section):
     """Which tokens a rank holds; zigzag: even causal work; balanced: even work of each batch's documents and layers."""
     mask: Text | None = None
     """Which keys a query sees, as causal & (window(1024) | sinks(4)); default: what each layer declares."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which dtype gradients of keys and values travel; they are summed in float32 all the same."""
+    costs: Text | None = None
+    """Speeds that auto reckons with, as benchmarks/links.py measures them; default: typical ones of the device."""
 
 
 class Rope(Section):

@@ -16,6 +16,7 @@ import torch
 from ringspan.configs.load import dump
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Causal, parse_mask, plan
+from ringspan.dist_attn.cost import Costs
 from ringspan.dist_attn.layout import Layout
 from ringspan.finetune import publish
 from ringspan.finetune import rope as rope_scaling
@@ -25,7 +26,7 @@ from ringspan.finetune.files import find_files
 from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
 from ringspan.finetune.track import Tracker
 from ringspan.kernels.parts import parts_of
-from ringspan.launch.plan_inputs import layer_masks, layout_of
+from ringspan.launch.plan_inputs import gradient_dtype, layer_masks, layout_of, measured_costs
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
@@ -50,6 +51,7 @@ def check_inputs(config: Config) -> None:
     scaling(config, hf_config)
     _check_mask(config, hf_config)
     _check_strategy(config, hf_config)
+    _costs(config)
     folder = Path(config.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +184,19 @@ def make_context(config: Config, place: Place) -> SequenceContext:
         strategy=config.attention.strategy,
         mask=parse_mask(config.attention.mask) if config.attention.mask is not None else None,
         keep_attention=config.train.activation_checkpointing,
+        gradient_dtype=gradient_dtype(config),
+        costs=_costs(config),
     )
+
+
+def _costs(config: Config) -> Costs | None:
+    """Return the measured speeds.
+
+    Raises:
+        Fault: if they cannot be read.
+    """
+    path = config.attention.costs
+    return None if path is None else measured_costs(Path(path), "attention.costs")
 
 
 def make_judge(config: Config, trained: Trained, place: Place) -> Judge:

@@ -70,6 +70,7 @@ class Meter:
             kv_heads=self._kv_heads,
             head_dim=self._head_dim,
             dtype=self._dtype,
+            gradient_dtype=self._context.gradient_dtype,
         )
 
     def sum(self, value: Tensor) -> float:

@@ -135,6 +135,7 @@ def _kind(inputs: Inputs, mask: Mask, layers: tuple[int, ...]) -> Drawn:
             dtype=inputs.dtype,
             strategy=inputs.strategy,
             keep=inputs.keep,
+            gradient_dtype=inputs.gradient_dtype,
             costs=inputs.costs,
         )
     except ValueError as error:

@@ -59,6 +59,7 @@ class Inputs:
     dtype: torch.dtype
     strategy: str
     keep: bool
+    gradient_dtype: torch.dtype | None
     costs: Costs
 
     @property
@@ -98,7 +99,8 @@ def read(config: Config, options: Options) -> Inputs:
         getattr(torch, config.model.dtype),
         config.attention.strategy,
         config.train.activation_checkpointing,
-        _costs(options.costs, mesh),
+        gradient_dtype(config),
+        _costs(options.costs or config.attention.costs or "cuda", mesh),
     )
 
 
@@ -218,13 +220,19 @@ def layout_of(name: str, layers: Sequence[tuple[Mask, int]], kv_heads: int) -> L
     return {"zigzag": ZigZag, "contiguous": Contiguous, "striped": Striped}[name]()
 
 
+def gradient_dtype(config: Config) -> torch.dtype | None:
+    """Return the dtype of travelling gradients; None: as they are summed."""
+    return torch.bfloat16 if config.attention.gradient_dtype == "bfloat16" else None
+
+
 def _costs(text: str, mesh: tuple[int, ...]) -> Costs:
     """Return the speeds; a mesh says itself which ranks share a node."""
-    costs = typical(text) if text in ("cuda", "cpu") else _measured(Path(text))
+    costs = typical(text) if text in ("cuda", "cpu") else measured_costs(Path(text), "--costs")
     return replace(costs, ranks_per_node=mesh[1]) if len(mesh) == 2 else costs
 
 
-def _measured(path: Path) -> Costs:
+def measured_costs(path: Path, name: str) -> Costs:
+    """Read speeds that were measured; ``name`` is who asks, for messages."""
     try:
         costs = Costs.load(path)
         speeds = chain((link.bandwidth for link in costs.links), (costs.forward, costs.backward, costs.ranks_per_node))
@@ -232,9 +240,7 @@ def _measured(path: Path) -> Costs:
         if not costs.links or min(speeds) <= 0 or min(waits) < 0:
             raise ValueError("a bandwidth or rate is not above 0, a latency is below 0, or there is no link")
     except OSError as error:
-        raise Fault(
-            f"--costs: {path} cannot be read: {error.strerror}; give what benchmarks/links.py wrote, or cuda or cpu"
-        ) from error
+        raise Fault(f"{name}: {path} cannot be read: {error.strerror}; give what benchmarks/links.py wrote") from error
     except (ValueError, TypeError, AttributeError) as error:  # TypeError: a text where a number must stand
-        raise Fault(f"--costs: {path}: {error}; give what benchmarks/links.py wrote") from error
+        raise Fault(f"{name}: {path}: {error}; give what benchmarks/links.py wrote") from error
     return costs

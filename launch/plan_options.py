@@ -40,14 +40,14 @@ class Options:
     Args:
         world: (ranks,), or (nodes, ranks in a node).
         length: tokens of a sequence.
-        costs: "cuda", "cpu" or a file.
+        costs: "cuda", "cpu" or a file; None: attention.costs, or "cuda".
         out, json: where the picture and the numbers go.
     """
 
     world: tuple[int, ...] | None = None
     length: int | None = None
     documents: Documents | None = None
-    costs: str = "cuda"
+    costs: str | None = None
     out: Path | None = None
     json: Path | None = None
 
@@ -141,7 +141,8 @@ HELP = {
         "what a sequence is packed of: a FILE of lengths in tokens, one a line, laid end to end, over and over; "
         "even:N, N equal ones; lognormal:MEAN,SEED, lengths of that mean at random (default: one document)"
     ),
-    "costs": "speeds of links and kernels: what benchmarks/links.py measured, or typical figures: cuda, cpu (cuda)",
+    "costs": "speeds of links and kernels: what benchmarks/links.py measured, or typical figures: cuda, cpu "
+    "(attention.costs, else cuda)",
     "out": "PNG: the mask by owner rank, and the time line of transfers and computing",
     "json": "file for all numbers",
 }

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringspan.dist_attn.cost import Costs
 from ringspan.dist_attn.exchange import Traffic, agree
 from ringspan.dist_attn.groups import Group, groups_of
 from ringspan.dist_attn.layout import Layout, ZigZag
@@ -41,6 +42,7 @@ class SequenceContext:
             declares it). Document boundaries of the batch are added to either.
         keep_attention: for a model under activation checkpointing: keep attention's (out, lse) of the first pass, so
             that the recompute never runs the exchange again.
+        gradient_dtype, costs, debug: as in ``dist_attn.attention``.
     """
 
     def __init__(
@@ -51,9 +53,13 @@ class SequenceContext:
         strategy: str = "auto",
         mask: Mask | None = None,
         keep_attention: bool = False,
+        gradient_dtype: torch.dtype | None = None,
+        costs: Costs | None = None,
+        debug: bool = False,
     ) -> None:
         check_strategy(strategy)
         groups = groups_of(group)
+        groups.connect()
         self.group: dist.ProcessGroup | None = groups.flat
         self.rank, self.world = groups.rank, groups.world
         self._given = group
@@ -63,6 +69,7 @@ class SequenceContext:
             raise ValueError(f"mask: {mask} holds documents; these come with each batch, leave them out")
         self.mask = mask
         self.keep_attention = keep_attention
+        self.gradient_dtype, self.costs, self.debug = gradient_dtype, costs, debug
         self.traffic = Traffic()
         self.layer_masks: dict[int, Mask] = {}  # by layer index, without documents; as of the last pass that noted them
         self.decisions: dict[str, str] = {}  # the strategy last taken and why, by the text of a kind of layer's mask
@@ -106,6 +113,9 @@ class SequenceContext:
             self.traffic,
             layer_masks=self.layer_masks,
             decisions=self.decisions,
+            gradient_dtype=self.gradient_dtype,
+            costs=self.costs,
+            debug=self.debug,
         )
         return {"use_cache": False, NAME: forward}
 
@@ -128,7 +138,8 @@ class SequenceContext:
         documents = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
         return (
             f"batch {shape} digest {digest.hexdigest()[:16]}, documents {documents}, {self.layout}, {self.strategy}, "
-            f"mask {self.mask}, keep_attention {self.keep_attention}"
+            f"mask {self.mask}, keep_attention {self.keep_attention}, gradients {self.gradient_dtype}, "
+            f"costs {self.costs}, debug {self.debug}"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ringspan.dist_attn.api import Extras, run
+from ringspan.dist_attn.cost import Costs
 from ringspan.dist_attn.exchange import Traffic
 from ringspan.dist_attn.groups import Group, groups_of
 from ringspan.dist_attn.layout import Layout, ZigZag
@@ -63,6 +64,9 @@ class Forward:
     layer_masks: dict[int, Mask] = field(default_factory=dict)
     decisions: dict[str, str] = field(default_factory=dict)
     batch: object = None
+    gradient_dtype: torch.dtype | None = None
+    costs: Costs | None = None
+    debug: bool = False
 
     def __post_init__(self) -> None:
         # One rank that keeps nothing: attention is then one operator.
@@ -154,8 +158,11 @@ def _exchanged(
             scale=kwargs.get("scaling"),
             length=packed.length,
             extras=Extras(
-                label=index,
+                gradient_dtype=forward.gradient_dtype,
                 traffic=forward.traffic,
+                costs=forward.costs,
+                debug=forward.debug,
+                label=index,
                 agreed=True,
                 keep=keep,
                 kept=kept,

@@ -114,7 +114,8 @@ def called(group: dist.ProcessGroup, strategy: str, case: Case) -> dict[str, flo
     forward = traffic.received_payload
     loss = (out * shard(given["dout"], layout, group)).sum() + (lse * shard(given["dlse"], layout, group)).sum()
     loss.backward()
-    shape: dict[str, Any] = {"length": case.length, "heads": case.heads[0], "kv_heads": case.heads[1], "head_dim": case.dim}
+    shape: dict[str, Any] = {"length": case.length, "heads": case.heads[0], "kv_heads": case.heads[1]}
+    shape["head_dim"] = case.dim
     planned = plan(
         case.built, layout, world=case.mesh if len(case.mesh) == 2 else world, strategy=strategy, dtype=case.dtype,
         sinks=True, **shape,

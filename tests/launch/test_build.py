@@ -1,17 +1,21 @@
 """What a config's names stand for in the library, and the layout that a model's layers ask for."""
 
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from tiny_layers import batch, build_model, config_of
 
+from ringspan.configs.load import load
 from ringspan.configs.schema import Attention, Config
 from ringspan.dist_attn import Causal, Window, ZigZag, plan
 from ringspan.dist_attn.balanced import Balanced
+from ringspan.dist_attn.cost import typical
 from ringspan.dist_attn.strategies import NAMES, TABLE
 from ringspan.launch import build
 from ringspan.launch.plan_inputs import layer_masks
+from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
 
@@ -73,3 +77,15 @@ def test_the_masks_read_from_a_config_are_those_its_layers_have(kind: str) -> No
     del local["shift_labels"]
     model(**local, **context.kwargs())
     assert layer_masks(model.config) == [str(context.layer_masks[index]) for index in range(3)]
+
+
+def test_measured_speeds_and_a_narrow_wire_reach_the_context(tiny: Any, tmp_path: Path) -> None:
+    typical("cpu").save(tmp_path / "links.json")
+    sections = {"attention": {"costs": str(tmp_path / "links.json"), "gradient_dtype": "bfloat16"}}
+    config = load(tiny.config("run", **sections))
+    context = build.make_context(config, Place(0, 1, torch.device("cpu"), None))
+    assert context.costs == typical("cpu")
+    assert context.gradient_dtype == torch.bfloat16
+    (tmp_path / "links.json").write_text("{}")
+    with pytest.raises(Fault, match=r"attention.costs: .*links.json.*benchmarks/links.py"):
+        build.check_inputs(config)
