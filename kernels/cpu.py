@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringspan.kernels.cpu_calls import NARROW, run_backward, run_forward
-from ringspan.kernels.cpu_views import Rows, add, add_keys, combine, take, take_keys
+from ringspan.kernels.cpu_views import Rows, add, add_keys, by_heads, combine, take, take_keys
 from ringspan.kernels.masks.span import Span, union
 from ringspan.kernels.state import Gradients, Running, Saved, accumulator
 from ringspan.kernels.tiles import Shape, Tiles, tiles_of
@@ -75,7 +75,7 @@ def forward(total: Running, q: Tensor, k: Tensor, v: Tensor, work: Work, *, scal
     if single is not None:
         _forward_tiles(total, Rows(q, k.shape[2]), k, v, single, scale)
         return
-    q, k, v = (x.to(wide) for x in (q, k, v))
+    q, k, v = q.to(wide), by_heads(k.to(wide)), by_heads(v.to(wide))
     queries = Rows(q, k.shape[2])
     for sweep in work.sweeps:
         rows, keys = sweep.rows, sweep.keys
@@ -100,7 +100,7 @@ def backward(total: Gradients, saved: Saved, k: Tensor, v: Tensor, work: Work, *
     """
     operands = _operands(saved, k.shape[2])
     extra = operands[0].plain.shape[-1] - saved.q.shape[-1]
-    k, v = (F.pad(x.to(saved.lse.dtype), (0, extra)) if extra else x.to(saved.lse.dtype) for x in (k, v))
+    k, v = (by_heads(F.pad(x.to(saved.lse.dtype), (0, extra)) if extra else x.to(saved.lse.dtype)) for x in (k, v))
     for sweep in work.sweeps:
         rows, keys = sweep.rows, sweep.keys
         if rows is None or keys is None:

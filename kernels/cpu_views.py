@@ -25,7 +25,7 @@ class Rows:
     """
 
     def __init__(self, x: Tensor, groups: int) -> None:
-        self.plain = x
+        self.plain = by_heads(x)
         self.groups = groups
 
     @cached_property
@@ -37,6 +37,14 @@ class Rows:
     def part(self, index: Tensor) -> Rows:
         """Return some rows, in the order of an index."""
         return Rows(self.plain[:, index], self.groups)
+
+
+def by_heads(x: Tensor) -> Tensor:
+    """Return [B, L, heads, ...] as it is, each head's rows one after the other in memory.
+
+    The operator is a tenth slower on rows that lie apart.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def take(x: Tensor, starts: Sequence[int], size: int) -> Tensor:

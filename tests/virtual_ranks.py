@@ -59,14 +59,15 @@ class Mail(Exchange):
 
     def _box(self, source: int, target: int) -> "Queue[Tensor]":
         self.posted[source, target] += 1
-        return self.letters.box(self.name, source, target, self.posted[source, target])
+        return self.letters.box(self.name, "message", source, target, self.posted[source, target])
 
     @override
     def all_gather(self, local: Tensor, step: str) -> tuple[Tensor, Pending]:
         self.collectives += 1
         gathered = local.new_empty((self.world, *local.shape))
         boxes = [
-            [self.letters.box(self.name, self.collectives, a, b) for b in range(self.world)] for a in range(self.world)
+            [self.letters.box(self.name, "gather", self.collectives, a, b) for b in range(self.world)]
+            for a in range(self.world)
         ]
         for box in boxes[self.rank]:
             box.put(local.clone())
