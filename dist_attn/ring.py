@@ -81,8 +81,9 @@ class Ring:
                     mine = Gradients(total.dq, *returns.part(arrival))
                     self.kernel.backward(mine, saved, keys, values, arrival.work, scale=self.scale)
             returns.exchange(step)
-        for half in second:  # while the last gradients are on their way
-            self._own_keys(half, first.columns, saved, k, v, total)
+            if step.number == schedule.half_after[self.rank]:
+                for half in second:  # while the gradients are on their way
+                    self._own_keys(half, first.columns, saved, k, v, total)
         returns.finish()
 
     def _own_keys(self, work: Work, row: int, saved: Saved, k: Tensor, v: Tensor, total: Gradients) -> None:

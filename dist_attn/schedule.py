@@ -85,11 +85,11 @@ class Schedule:
     def own_halves(self, rank: int) -> tuple[Work, ...]:
         """Return the work on the rank's own keys in the backward pass: one call, or two where gradients travel.
 
-        The second half is computed last: it hides the way home of the last gradients, as the first hides the way of
-        the first keys.
+        The second half is computed after step ``half_after``: it hides the way home of the last gradients, as the first
+        hides the way of the first keys.
         """
         queries, keys = self.spans(rank), self.kv_spans(rank)
-        row = halving_row(self.mask, queries, keys, HALF_ROWS) if self._last_back[rank] >= 0 else 0
+        row = halving_row(self.mask, queries, keys, HALF_ROWS) if self.half_after[rank] >= 0 else 0
         if not row:
             return (work(self.mask, queries, keys),)
         first, second, left = [], [], row
@@ -101,12 +101,16 @@ class Schedule:
         return work(self.mask, queries, tuple(first)), work(self.mask, queries, tuple(second))
 
     @cached_property
-    def _last_back(self) -> Integers:
-        """The last round in which gradients leave or come to each rank; -1 where none do."""
-        found = np.full(self.world, -1, dtype=np.int64)
+    def half_after(self) -> Integers:
+        """The last step after which many gradients leave or come to each rank; -1 where none do.
+
+        Not the very last: a few rows (sink tokens) need nothing to hide behind, and are waited for sooner.
+        """
+        moved = np.zeros((self.world, int(self.columns.back.max(initial=0)) + 1), dtype=np.int64)
         for side in (self.columns.home, self.columns.target):
-            np.maximum.at(found, side, self.columns.back)
-        return found
+            np.add.at(moved, (side, self.columns.back), self.columns.rows)
+        many = (moved > 0) & (4 * moved >= moved.max(1, keepdims=True))
+        return np.where(many.any(1), many.shape[1] - 1 - many[:, ::-1].argmax(1), -1)
 
     @cached_property
     def backward_areas(self) -> Integers:
@@ -118,7 +122,7 @@ class Schedule:
             if len(halves) == 2:
                 later = halves[1].area
                 found[0, rank] -= later
-                found[int(self._last_back[rank]) + 1, rank] += later
+                found[int(self.half_after[rank]) + 1, rank] += later
         return found
 
     @cached_property
