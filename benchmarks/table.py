@@ -30,6 +30,7 @@ def rows() -> list[tuple[str, str, str]]:
             (what + "ring of 2 CPU ranks / torch's flash operator, equal area", f"{flash:.2f}", command),
             ("bytes received / lower bound, the same", f"{ring['received_over_bound']:.3f}", command),
         ]
+    found += exchange_rows()
     if ranges := load("block_ranges"):
         figure = ", ".join(f"{arm['milliseconds']:.0f}" for arm in ranges["documents"].values())
         counts = ", ".join(ranges["documents"])
@@ -67,6 +68,48 @@ def rows() -> list[tuple[str, str, str]]:
         for name in ("256-512", "4096-8192"):
             figure = f"{before[at[name]]:.2f} -> {after[at[name]]:.2f}"
             found.append((f"demo, held-out nats/byte at positions {name}, before -> after", figure, "`make demo`"))
+    return found
+
+
+def exchange_rows() -> list[tuple[str, str, str]]:
+    """Return the rows of many ranks: bytes, planning, overlap, balance, other libraries' speed."""
+    found: list[tuple[str, str, str]] = []
+    if moved := load("exchange"):
+        command = "`python benchmarks/exchange.py`"
+        for name, arms in moved["counted"].items():
+            over = "; ".join(
+                f"{strategy} {each['over_full_ring']:.2f}" for strategy, each in arms.items() if isinstance(each, dict)
+            )
+            found.append((f"{moved['ranks']} ranks, {name}: bytes received / a full ring's, forward", over, command))
+        large = moved["large"]
+        slowest = max(each["plan_milliseconds"] for each in large["cases"].values())
+        bound = max(each["over_bound"] for each in large["cases"].values())
+        what = (
+            f"ring planned for {large['length'] >> 20}M tokens, {large['ranks']} ranks, {large['documents']} documents"
+        )
+        found.append((f"{what}: ms a rank, worst of four masks", f"{slowest:.0f}", command))
+        found.append(("the same: bytes received / lower bound, worst", f"{bound:.3f}", command))
+    if overlap := load("overlap"):
+        command = "`python benchmarks/overlap.py` (root)"
+        hides = [row for row in overlap["rows"] if row["hides"]]
+        for row in hides:
+            what = (
+                f"{row['hosts']} hosts, {overlap['mbit']} Mbit/s, ring, {row['mask'].replace('|', '/')}: exposed share"
+            )
+            found.append((what, f"{max(row['exposed'], 0):.2f}", command))
+        ratios = sorted(row["predicted_over_measured"] for row in overlap["rows"])
+        what = f"seconds predicted / measured on shaped links, {len(ratios)} cases"
+        found.append((what, f"{ratios[0]:.2f} to {ratios[-1]:.2f}", command))
+    if balance := load("balance"):
+        for layout in ("ZigZag", "Balanced"):
+            each = "; ".join(f"{name} {case['imbalance'][layout]:.2f}" for name, case in balance["cases"].items())
+            what = f"work of the busiest of {balance['ranks']} ranks / mean, {layout}"
+            found.append((what, each, "`python benchmarks/balance.py`"))
+    if peers := load("ring_peers"):
+        for case in peers["cases"]:
+            times = "; ".join(f"{title} {over:.2f}" for title, over in case["their_time_over_ours"].items())
+            what = f"2 CPU ranks, {case['case']} at {case['length'] // 1024}K, {peers['heads']}: time / our ring's"
+            found.append((what, times, "`python benchmarks/ring_peers.py`"))
     return found
 
 
