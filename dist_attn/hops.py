@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringspan.dist_attn.moves import Integers
-from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, ring, tree
+from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, ring, tree, two_ways
 from ringspan.dist_attn.steps import Hop
 from ringspan.kernels.mask import Span
 
-CHAIN, TREE, BEHIND = range(3)  # kinds of routes: the ring, a tree, and the halves that go round the other way
+# Kinds of routes: the ring, a tree, the halves that go round the other way, each the shorter way.
+CHAIN, TREE, BEHIND, SHORTER = range(4)
 FIELDS = (*LEG, "owner", "segment")
 
 
@@ -75,10 +76,18 @@ def pieces(held: Sequence[Sequence[Span]], needs: Sequence[Sequence[Span]]) -> t
     return kept[span_of[starts], 2], np.stack([points[starts], points[stops]], 1), wanted[starts]
 
 
-def route_all(owners: Integers, segments: Integers, wanted: np.ndarray, mesh: tuple[int, ...]) -> Hops:
-    """Route every piece; pieces of one owner, one set of ranks and one kind share a route."""
+def route_all(
+    owners: Integers, segments: Integers, wanted: np.ndarray, mesh: tuple[int, ...], *, shorter: bool = False
+) -> Hops:
+    """Route every piece; pieces of one owner, one set of ranks and one kind share a route.
+
+    Args:
+        owners, segments, wanted: of ``pieces``.
+        mesh: (world,), or (nodes, ranks in a node).
+        shorter: pieces go round each the shorter way, not all the same way; for a flat world.
+    """
     world, rows, count = int(np.prod(mesh)), segments[:, 1] - segments[:, 0], wanted.sum(1)
-    kind = np.where((rows <= SMALL_ROWS) & (count >= MANY_RANKS), TREE, CHAIN)
+    kind = np.where((rows <= SMALL_ROWS) & (count >= MANY_RANKS), TREE, SHORTER if shorter else CHAIN)
     for_all = (kind == CHAIN) & (count == world - 1) & (rows > SMALL_ROWS)
     if for_all.any() and mesh[0] > 2 and (for_all | (kind == TREE) | (count == 0)).all():
         middle = segments.sum(1)[for_all] // 2
@@ -105,6 +114,8 @@ def _route(kind: int, owner: int, needers: Integers, mesh: tuple[int, ...]) -> I
     if not len(needers):
         return np.zeros((0, len(LEG)), dtype=np.int64)
     world, direction = int(np.prod(mesh)), -1 if kind == BEHIND else 1
+    if kind == SHORTER:
+        return two_ways(owner, needers, world)
     if kind == TREE:
         return tree(owner, needers, world)
     return double_ring(owner, needers, *mesh, direction) if len(mesh) == 2 else ring(owner, needers, world, direction)

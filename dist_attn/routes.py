@@ -3,8 +3,8 @@
 A *pattern* is an owner and the set of ranks that need a piece; pieces of one pattern share one route, so the cost of
 planning grows with the patterns, not with the tokens.
 
-- ring: neighbour hops while each rank on the way needs the piece, straight from the owner where some do not. Where
-  every rank needs every piece, each is halved, and the halves go round one way each.
+- ring: neighbour hops while each rank on the way needs the piece, straight from the owner where some do not; all one
+  way, or each the shorter way. Where every rank needs every piece, each is halved, and the halves go one way each.
 - a few rows that many ranks need (sink tokens) go by a binomial tree: log2 of the ranks, not as many steps as ranks.
 - double ring: between nodes by a ring of nodes, each node entered once; inside a node from rank to rank.
 """
@@ -36,6 +36,22 @@ def ring(owner: int, needers: Integers, world: int, direction: int = 1) -> Integ
     home = np.where(ends, own, np.append(rank[1:], owner))
     depart = np.where(starts & (distance > 1), DIRECT, distance - 1)
     return np.column_stack([depart, distance, source, rank, home, distance])
+
+
+def two_ways(owner: int, needers: Integers, world: int) -> Integers:
+    """Chain by neighbours each way while every rank needs the piece; send the rest directly, by the shorter way."""
+    need = np.zeros(world, dtype=bool)
+    need[(needers - owner) % world] = True  # by distance from the owner
+    ahead = int(np.argmin(np.append(need[1:], False)))
+    behind = int(np.argmin(np.append(need[:ahead:-1], False)))
+    rest = np.flatnonzero(need[ahead + 1 : world - behind]) + ahead + 1
+    step, own = np.minimum(rest, world - rest), np.full(len(rest), owner)
+    direct = np.column_stack([np.full(len(rest), DIRECT), step, own, (owner + rest) % world, own, step])
+    chains = [
+        ring(owner, (owner + way * np.arange(1, count + 1)) % world, world, way)
+        for way, count in ((1, ahead), (-1, behind))
+    ]
+    return np.concatenate([*chains, direct])
 
 
 def tree(owner: int, needers: Integers, world: int) -> Integers:

@@ -15,14 +15,17 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from ringspan.dist_attn.areas import areas_by_segment, halving_row
+from ringspan.dist_attn.cost import Costs, Link, predict
 from ringspan.dist_attn.hops import FIELDS, Hops, inside, pieces, route_all
 from ringspan.dist_attn.layout import Layout
-from ringspan.dist_attn.moves import Integers
+from ringspan.dist_attn.moves import Integers, Transfers
 from ringspan.dist_attn.pairs import missing
 from ringspan.dist_attn.steps import Hop, Step, steps_of
 from ringspan.kernels.mask import Mask, Span
 from ringspan.kernels.work import Work, work
 
+COMPARED_RANKS = 256  # in larger worlds pieces go round one way, which suits dense masks
+INSTANT = Costs((Link(0.0, 1e30),), 1 << 30, forward=1.0, backward=1.0)
 HALF_ROWS = 256  # a rank's own keys are cut at multiples of this, or not at all
 
 
@@ -161,5 +164,20 @@ def schedule(
     kv_layout, ranks = kv_layout or layout, int(np.prod(mesh))
     held = [kv_layout.spans(rank, ranks, length) for rank in range(ranks)]
     needs = tuple(missing(mask, layout.spans(rank, ranks, length), held[rank], length) for rank in range(ranks))
-    owners, segments, wanted = pieces(held, needs)
-    return Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(owners, segments, wanted, mesh))
+    cut = pieces(held, needs)
+    one_way = Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(*cut, mesh))
+    # One document gives every rank the same work in every step; of many, each rank has its own share of work in a step.
+    if mask.documents is None or len(mesh) == 2 or not 2 < ranks <= COMPARED_RANKS:
+        return one_way
+    shorter = Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(*cut, mesh, shorter=True))
+    return min((one_way, shorter), key=coupled_seconds)
+
+
+def coupled_seconds(made: Schedule) -> float:
+    """Return how long a forward and a backward pass take where transfers take no time and ranks wait for each other."""
+    hops, nothing = made.columns, np.zeros(len(made.columns.table), dtype=np.int64)
+    keys = Transfers(hops.depart, hops.step, hops.source, hops.target, nothing)
+    home = Transfers(hops.back + 1, hops.back + 2, hops.target, hops.home, nothing)
+    forward = predict(keys, made.areas, 1, INSTANT, backward=False)
+    backward = predict(Transfers.join([keys, home]), made.backward_areas, 1, INSTANT, backward=True)
+    return forward.seconds + backward.seconds

@@ -25,8 +25,7 @@ from ringspan.finetune.evaluate import Judge
 from ringspan.finetune.files import find_files
 from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
 from ringspan.finetune.track import Tracker
-from ringspan.kernels.parts import parts_of
-from ringspan.launch.plan_inputs import gradient_dtype, layer_masks, layout_of, measured_costs
+from ringspan.launch.plan_inputs import checked_mask, gradient_dtype, layer_masks, layout_of, measured_costs
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
@@ -49,7 +48,8 @@ def check_inputs(config: Config) -> None:
         find_files(config.eval.path, root=config.data.root, made_by=config.data.made_by)
     read_tokenizer(tokenizer_path(config))
     scaling(config, hf_config)
-    _check_mask(config, hf_config)
+    if config.attention.mask is not None:
+        checked_mask(config.attention.mask, _kv_heads(hf_config), config.data.seq_length)
     _check_strategy(config, hf_config)
     _costs(config)
     folder = Path(config.train.output_dir)
@@ -77,29 +77,6 @@ def scaling(config: Config, hf_config: Any) -> rope_scaling.Rope | None:
         return None
     target = config.rope.target_length or config.data.seq_length
     return rope_scaling.work_out(hf_config, config.rope.type, target_length=target, factor=config.rope.factor)
-
-
-def _check_mask(config: Config, hf_config: Any) -> None:
-    """Check the mask the config asks for, if any, against the model's heads and the length.
-
-    Raises:
-        Fault: for a text that is no mask, or a mask that a causal language model cannot be trained with.
-    """
-    text = config.attention.mask
-    if text is None:
-        return
-    try:
-        mask = parse_mask(text)
-        for part in parts_of(mask, 1, _kv_heads(hf_config)):
-            part.mask.check(config.data.seq_length)
-    except ValueError as error:
-        raise Fault(f"attention.mask: {error}") from error
-    if mask.documents is not None:
-        raise Fault(f"attention.mask: {text!r} holds documents; these come from the data, leave them out")
-    if not mask.causal:
-        raise Fault(
-            f"attention.mask: {text!r} shows a query later tokens, the labels it is trained on; write causal & ({text})"
-        )
 
 
 def _check_strategy(config: Config, hf_config: Any) -> None:

@@ -74,13 +74,6 @@ def test_gradients_on_a_narrow_wire_are_summed_in_fp32() -> None:
         assert both[3] - both[2] == 2 * (both[1] - both[0]) > 0
 
 
-def test_a_run_repeats_bit_for_bit() -> None:
-    case = Case("window documents", (4,), (4, 2), 61, dtype=F32)
-    first, second = (run_threads(case, ONE) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
-
-
 def test_keys_that_nobody_sees_change_nothing() -> None:
     case = Case("few", (3,), (4, 2), 31, "contiguous")
     given = case.inputs

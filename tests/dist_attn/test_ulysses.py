@@ -123,13 +123,6 @@ def test_results_that_sinks_join_come_home_exact() -> None:
     assert exact - bare == 2 * 129 * 2 * 32 * 2  # batch, rows, heads from the other rank, dim, bytes
 
 
-def test_a_run_repeats_bit_for_bit() -> None:
-    case = Case("window documents", (2, 2), (4, 1), 61, dtype=F32)
-    first, second = (run_threads(case, HYBRIDS["ring"]) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
-
-
 def test_keys_that_nobody_sees_change_nothing() -> None:
     case = Case("few", (3,), (4, 2), 31, "contiguous")
     given = case.inputs
