@@ -75,3 +75,13 @@ def test_a_few_rows_that_all_need_take_as_many_steps_as_the_logarithm() -> None:
     assert len(sinks) == 63  # each rank once
     assert max(hop.step for hop in sinks) == 6
     assert sum(hop.home == 0 for hop in sinks) == 6  # summed on the way, not all at the owner
+
+
+def test_the_rest_of_a_ranks_own_keys_hides_the_halos_gradients_and_does_not_wait_for_sink_rows() -> None:
+    made = schedule(Causal() & (Window(300) | Sinks(4)), Contiguous(), 4, 4000)
+    assert made.columns.back.max() == 3  # a few sink rows come to the third rank
+    assert made.half_after.tolist() == [1, 1, 1, 1]
+    for rank in range(4):
+        first, second = made.own_halves(rank)
+        assert made.backward_areas[0, rank] == first.area
+        assert made.backward_areas[2, rank] - made.areas[2:3, rank].sum() == second.area
