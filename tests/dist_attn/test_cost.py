@@ -59,6 +59,11 @@ def test_a_link_is_busy_until_what_left_before_has_gone() -> None:
     assert seconds(rows, [[0, 0]] * 4, costs()) == 20.5
 
 
+def test_a_link_is_free_while_a_transfer_waits_for_its_other_side() -> None:
+    both = [(1, 2, 0, 1, 100), (1, 2, 0, 2, 100)]  # rank 1 comes seven seconds late
+    assert seconds(both, [[0, 7, 0], [0, 0, 0], [0, 0, 0]], costs()) == 20.5
+
+
 def test_nodes_are_joined_by_the_last_link() -> None:
     far = Link(1.0, 1.0)
     assert seconds([(0, 1, 0, 1, 100)], [[0] * 4] * 2, costs(LINK, far, per_node=2)) == 10.5

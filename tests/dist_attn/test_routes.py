@@ -85,3 +85,11 @@ def test_the_rest_of_a_ranks_own_keys_hides_the_halos_gradients_and_does_not_wai
         first, second = made.own_halves(rank)
         assert made.backward_areas[0, rank] == first.area
         assert made.backward_areas[2, rank] - made.areas[2:3, rank].sum() == second.area
+
+
+def test_gradients_are_summed_along_a_chain_and_come_home_once() -> None:
+    made = schedule(Full(), Contiguous(), 5, 5000)
+    for piece in {hop.piece for hop in made.hops}:
+        mine = [hop for hop in made.hops if hop.piece == piece]
+        assert len(mine) == 4
+        assert [hop.home == hop.owner for hop in mine].count(True) == 1

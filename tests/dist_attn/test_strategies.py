@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from sharded_cases import LAYOUTS, PATTERNS, Case, check, error_over_one_rank, run_threads, truth, whole
 from torch.distributed.device_mesh import DeviceMesh
+from virtual_ranks import Mail
 
 from dense import relative_rms
 from ringspan.dist_attn import Traffic, attention_with_lse, plan, shard, unshard
@@ -221,3 +222,19 @@ def test_gradients_on_a_narrow_wire(strategy: str) -> None:
         chosen.moves(each.problem).transfers(backward=True).bytes.sum() for each in (case, case._replace(wire=None))
     ]
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "double_ring"])
+def test_a_buffer_is_sent_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on to two ranks is copied: its header would change while the first is on its way."""
+    post, sent = Mail.post, []
+
+    def once(self: Mail, round_id: int, sends: Any, receives: Any) -> Any:
+        for _, message in sends:
+            assert not any(message.buffer is each for each in sent)
+            sent.append(message.buffer)
+        return post(self, round_id, sends, receives)
+
+    monkeypatch.setattr(Mail, "post", once)
+    case = Case("window documents", (2, 4) if strategy in ON_MESHES else (8,), (8, 2), 67)
+    run_threads(case, TABLE[strategy])  # pyright: ignore[reportArgumentType]
