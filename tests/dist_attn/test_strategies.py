@@ -236,5 +236,5 @@ def test_a_buffer_is_sent_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -
         return post(self, round_id, sends, receives)
 
     monkeypatch.setattr(Mail, "post", once)
-    case = Case("window documents", (2, 4) if strategy in ON_MESHES else (8,), (8, 2), 67)
+    case = Case("window", (4, 4) if strategy in ON_MESHES else (16,), (8, 2), 199, "contiguous")
     run_threads(case, TABLE[strategy])  # pyright: ignore[reportArgumentType]
