@@ -186,9 +186,16 @@ def truth(case: Case, given: dict[str, Tensor]) -> list[Tensor]:
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, wanted)]
 
 
-def one_rank(case: Case, strategy: Strategy, given: dict[str, Tensor], wiring: Wiring, traffic: Traffic) -> Result:
-    """Attend on one rank, forward and backward."""
-    problem, rank = case.problem, wiring.rank
+def one_rank(
+    case: Case,
+    strategy: Strategy,
+    given: dict[str, Tensor],
+    wiring: Wiring,
+    traffic: Traffic,
+    problem: Problem | None = None,
+) -> Result:
+    """Attend on one rank, forward and backward; threads are given ``problem``: Python 3.11 parses on one at a time."""
+    problem, rank = problem or case.problem, wiring.rank
     take = lambda x, spans: torch.cat([x[:, :0], *(x[:, a:b] for a, b in spans)], 1)  # noqa: E731
     queries, keys = problem.spans(rank), problem.kv_spans(rank)
     local = [take(given["q"], queries), take(given["k"], keys), take(given["v"], keys)]
@@ -242,10 +249,10 @@ def check(case: Case, strategy: Strategy, results: list[Result], given: dict[str
 
 def run_threads(case: Case, strategy: Strategy, given: dict[str, Tensor] | None = None) -> list[Result]:
     """Run a case with a thread per rank, in a process of its own."""
-    mine = given or case.inputs
+    mine, problem = given or case.inputs, case.problem
 
     def world() -> Any:
-        return [packed(x) for x in threads(case.mesh, lambda *place: one_rank(case, strategy, mine, *place))]
+        return [packed(x) for x in threads(case.mesh, lambda *place: one_rank(case, strategy, mine, *place, problem))]
 
     return [unpacked(case, each) for each in apart(world)]
 

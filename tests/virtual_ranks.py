@@ -13,11 +13,11 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Post:
 
     boxes: dict[Any, "Queue[Tensor]"] = field(default_factory=lambda: defaultdict(Queue))
     lock: threading.Lock = field(default_factory=threading.Lock)
+    failed: threading.Event = field(default_factory=threading.Event)  # a rank has; the others need not wait
 
     def box(self, *address: Any) -> "Queue[Tensor]":
         with self.lock:
@@ -62,7 +63,8 @@ class Mail(Exchange):
         expected = [(peer, message, self._header(round_id, peer, self.rank, message)) for peer, message in receives]
         self.traffic.received_payload += sum(message.payload_bytes for _, message in receives)
         works: Any = [
-            (Letter(self._box(peer, self.rank), message.buffer), f"rank {peer}") for peer, message in receives
+            (Letter(self.letters, self._box(peer, self.rank), message.buffer), f"rank {peer}")
+            for peer, message in receives
         ]
         return Pending(works, expected, f"rank {self.rank}")
 
@@ -81,42 +83,43 @@ class Mail(Exchange):
         for box in boxes[self.rank]:
             box.put(local.clone())
         self.traffic.received_payload += (self.world - 1) * local.nbytes
-        works: Any = [(Letter(boxes[a][self.rank], gathered[a]), f"rank {a}") for a in range(self.world)]
+        works: Any = [(Letter(self.letters, boxes[a][self.rank], gathered[a]), f"rank {a}") for a in range(self.world)]
         return gathered, Pending(works, [], step)
 
 
 class Letter:
     """Something on its way, with the one method of a ``dist.Work`` that is used."""
 
-    def __init__(self, box: "Queue[Tensor]", buffer: Tensor) -> None:
-        self.box, self.buffer = box, buffer
+    def __init__(self, post: Post, box: "Queue[Tensor]", buffer: Tensor) -> None:
+        self.post, self.box, self.buffer = post, box, buffer
 
     def wait(self) -> None:
-        self.buffer.copy_(self.box.get(timeout=TIMEOUT_S))
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                self.buffer.copy_(self.box.get(timeout=0.1))
+                return
+            except Empty:
+                if self.post.failed.is_set() or time.monotonic() > deadline:
+                    raise
 
 
 def apart(fn: Callable[..., Any], *args: Any) -> Any:
     """Call in a process of its own and return JSON values: one that has had threads in torch cannot be forked safely.
 
-    A forked process in which torch's operators run on several threads hangs now and then (seen once in some hundred, in
-    no code of ours): one that hangs is ended and tried a second time; ranks that wait for each other hang again.
-
     With a GPU in the house the call stays here: CUDA does not outlive a fork, and no rank is forked there.
     """
     if torch.cuda.is_available():
         return fn(*args)
-    stack = ""
-    for _ in range(2):
-        with tempfile.TemporaryDirectory(prefix="ringspan-apart-") as folder:
-            pid = os.fork()
-            if pid == 0:
-                _apart(fn, args, Path(folder))
-            if _ended(pid, time.monotonic() + APART_S):
-                if (error := Path(folder) / "error").exists():
-                    raise AssertionError(error.read_text())
-                return json.loads((Path(folder) / "result").read_text())
-            stack = (Path(folder) / "stack").read_text()
-    raise AssertionError(f"hung twice for {APART_S} s:\n{stack}")
+    with tempfile.TemporaryDirectory(prefix="ringspan-apart-") as folder:
+        pid = os.fork()
+        if pid == 0:
+            _apart(fn, args, Path(folder))
+        if not _ended(pid, time.monotonic() + APART_S):
+            raise AssertionError(f"did not end within {APART_S} s:\n{(Path(folder) / 'stack').read_text()}")
+        if (error := Path(folder) / "error").exists():
+            raise AssertionError(error.read_text())
+        return json.loads((Path(folder) / "result").read_text())
 
 
 def _apart(fn: Callable[..., Any], args: tuple[Any, ...], folder: Path) -> None:
@@ -152,11 +155,20 @@ def threads(mesh: tuple[int, ...], fn: Callable[[Wiring, Traffic], Any]) -> list
         if len(mesh) == 2:
             node, place = divmod(number, mesh[1])
             outer, inner = mail(f"outer {place}", node, mesh[0]), mail(f"inner {node}", place, mesh[1])
-        return fn(Wiring(number, mail("flat", number, world), outer, inner), traffic)
+        try:
+            return fn(Wiring(number, mail("flat", number, world), outer, inner), traffic)
+        except BaseException:
+            post.failed.set()
+            raise
 
     # Each thread starts out with torch's default number of its own.
     with ThreadPoolExecutor(world, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return [each.result(TIMEOUT_S) for each in [pool.submit(rank, number) for number in range(world)]]
+        started = [pool.submit(rank, number) for number in range(world)]
+        wait(started, TIMEOUT_S, FIRST_EXCEPTION)
+        errors = [error for each in started if each.done() and (error := each.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, Empty)):
+            raise error  # the first cause; a rank that waited for another says less
+        return [each.result(TIMEOUT_S) for each in started]
 
 
 def processes(mesh: tuple[int, ...], fn: Callable[[Wiring, Traffic], Any]) -> list[Any]:

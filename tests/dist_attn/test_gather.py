@@ -105,8 +105,10 @@ def test_one_group_is_computed_while_the_next_one_travels(monkeypatch: pytest.Mo
     monkeypatch.setattr(Mail, "all_gather", all_gather)
     monkeypatch.setattr(Alone, "forward", forward)
 
+    problem = case.problem
+
     def recorded() -> list[str]:
-        threads(case.mesh, lambda *place: one_rank(case, ONE, case.inputs, *place))
+        threads(case.mesh, lambda *place: one_rank(case, ONE, case.inputs, *place, problem))
         return seen
 
     events = apart(recorded)

@@ -184,13 +184,13 @@ def test_nothing_is_kept_for_a_backward_that_may_not_have_it() -> None:
     case = Case("causal", (2,), (8, 2), 37)
 
     def rest(case: Case) -> list[list[int]]:
-        kernel = select(torch.device("cpu"), case.dtype, case.dim)
+        kernel, problem = select(torch.device("cpu"), case.dtype, case.dim), case.problem
 
         def rank(wiring: Wiring, _: Any) -> Any:
             q, k, v = (case.inputs[name][:, :18] for name in "qkv")
-            rows = case.problem.layout.share(wiring.rank, 2, 37)
+            rows = problem.layout.share(wiring.rank, 2, 37)
             q, k, v = (torch.zeros(2, rows, x.shape[2], 8, dtype=x.dtype) for x in (q, k, v))
-            return ulysses.executor(case.problem, wiring, kernel, 1.0).forward(q, k, v).rest
+            return ulysses.executor(problem, wiring, kernel, 1.0).forward(q, k, v).rest
 
         return [list(x.shape) for x in threads(case.mesh, rank)[0]]
 
