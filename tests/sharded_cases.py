@@ -252,7 +252,8 @@ def run_threads(case: Case, strategy: Strategy, given: dict[str, Tensor] | None 
     mine, problem = given or case.inputs, case.problem
 
     def world() -> Any:
-        return [packed(x) for x in threads(case.mesh, lambda *place: one_rank(case, strategy, mine, *place, problem))]
+        run = lambda wiring, traffic: one_rank(case, strategy, mine, wiring, traffic, problem)  # noqa: E731
+        return [packed(x) for x in threads(case.mesh, run)]
 
     return [unpacked(case, each) for each in apart(world)]
 

@@ -108,7 +108,7 @@ def test_one_group_is_computed_while_the_next_one_travels(monkeypatch: pytest.Mo
     problem = case.problem
 
     def recorded() -> list[str]:
-        threads(case.mesh, lambda *place: one_rank(case, ONE, case.inputs, *place, problem))
+        threads(case.mesh, lambda wiring, traffic: one_rank(case, ONE, case.inputs, wiring, traffic, problem))
         return seen
 
     events = apart(recorded)
