@@ -19,6 +19,7 @@ from torch import Tensor
 from ringspan.dist_attn.dist_attention_plan import Trip, Visit, visits
 from ringspan.dist_attn.exchange import Exchange, Pending
 from ringspan.dist_attn.executor import Attended, Wiring
+from ringspan.dist_attn.local import empty
 from ringspan.dist_attn.message import Message
 from ringspan.dist_attn.problem import Problem
 from ringspan.kernels.mask import Span
@@ -48,9 +49,8 @@ class DistAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Attended:
         """Attend: q [B, L, H, D], k and v [B, Lk, G, D], this rank's; nothing is kept for the backward."""
-        parts, rounds, wide = self.problem.parts, self._rounds(), self.problem.wide
-        out = torch.zeros(q.shape, dtype=wide, device=q.device)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+        parts, rounds = self.problem.parts, self._rounds()
+        out, lse = empty(q, self.problem.wide)
         away = {each.number for each in rounds if each.visit.leaves}
         totals = [
             Running(part.take(out), part.take(lse), bytearray(q.shape[1]), alone=number not in away)

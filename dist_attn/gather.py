@@ -167,7 +167,7 @@ def executor(
     """Return the executor of one rank.
 
     Args:
-        kernel: for every call, or chosen call by call (each call is all that its rows meet).
+        kernel: asked for each call again (each call is all that its rows meet).
         head_group: KV heads gathered at a time; see ``gather_plan.head_groups``.
     """
     return Gather(problem, wiring.rank, wiring.flat, kernel, scale, head_group)

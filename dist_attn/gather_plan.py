@@ -69,11 +69,6 @@ def moves(problem: Problem, head_group: int | None = None) -> GatherMoves:
     return GatherMoves(problem, head_groups(problem, head_group))
 
 
-def refuses(problem: Problem) -> str | None:
-    """Return None: it serves every problem."""
-    del problem
-
-
 def head_groups(problem: Problem, head_group: int | None = None) -> tuple[range, ...]:
     """Return the KV heads that are gathered at a time.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -103,8 +103,9 @@ class Plan:
         return f"Plan({self.strategy}, {self.problem.world} ranks, {self.problem.length} tokens, {self.problem.layout})"
 
 
+@lru_cache(maxsize=256)
 def digest(problem: Problem, strategy: str) -> str:
-    """Return a hex digest of a problem and its strategy; the same in every process."""
+    """Return a hex digest of a problem and its strategy, the same in every process; every layer of a pass asks it."""
     p = problem
     words = [f"{part.mask}|{part.rows}|{part.heads}" for part in p.parts]
     words += [f"{p.layout}|{p.kv_layout}|{p.mesh}|{p.length}|{p.batch}|{p.heads}|{p.kv_heads}|{p.head_dim}"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ringspan.dist_attn.courier import BACKWARD, FORWARD, GRADIENTS, Channels, Courier, Returns
 from ringspan.dist_attn.executor import Attended, Wiring
+from ringspan.dist_attn.local import empty
 from ringspan.dist_attn.problem import Problem
 from ringspan.dist_attn.ring_plan import schedules
 from ringspan.dist_attn.schedule import Schedule
@@ -38,12 +39,9 @@ class Ring:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Attended:
         """Return out and lse of this rank's queries over all keys."""
-        wide = accumulator(q.dtype)
-        out = torch.zeros(q.shape, dtype=wide, device=q.device)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+        out, lse = empty(q, accumulator(q.dtype))
         for number, (part, schedule) in enumerate(self.parts):
-            alone = self.channels is None
-            total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]), alone)
+            total = Running(part.take(out), part.take(lse), bytearray(q.shape[1]), alone=self.channels is None)
             base, mine = (number << 32) | (FORWARD << 24), part.take(q)
             courier = Courier(self.channels, self.rank, base, schedule.kv_spans(self.rank), part.take(k), part.take(v))
             for _, landed in courier.walk(schedule.steps(self.rank)):

@@ -27,15 +27,13 @@ class Strategy(NamedTuple):
     """One way to exchange a sharded sequence.
 
     ``moves`` plans on integers; ``executor`` makes what runs on one rank; ``refuses`` gives one line where this
-    strategy cannot serve the problem; ``holds`` the bytes of other ranks' keys and values that a rank has at once;
-    ``words`` say what travels.
+    strategy cannot serve the problem; ``holds`` the bytes of other ranks' keys and values that a rank has at once.
     """
 
     moves: Callable[[Problem], Moves]
     executor: Callable[[Problem, Wiring, Backend, float], Executor]
     refuses: Callable[[Problem], str | None]
     holds: Callable[[Problem], int]
-    words: str
 
 
 def _anything(problem: Problem) -> str | None:
@@ -59,37 +57,26 @@ def _two_messages(problem: Problem) -> int:
 
 
 TABLE: dict[str, Strategy] = {
-    "ring": Strategy(ring_plan.moves, ring.executor, _anything, _two_messages, "keys and values travel, exact pieces"),
+    "ring": Strategy(ring_plan.moves, ring.executor, _anything, _two_messages),
     "double_ring": Strategy(
         partial(ring_plan.moves, double=True),
         partial(ring.executor, double=True),
         _needs_mesh,
         _two_messages,
-        "keys and values travel, to each node once, then from rank to rank inside it",
     ),
-    "all_gather": Strategy(
-        gather_plan.moves,
-        gather.executor,
-        gather_plan.refuses,
-        gather_plan.holds,
-        "all keys come to every rank, some heads at a time",
-    ),
-    "ulysses": Strategy(
-        ulysses_plan.moves, ulysses.executor, ulysses_plan.refuses, ulysses_plan.holds, "heads against tokens"
-    ),
+    "all_gather": Strategy(gather_plan.moves, gather.executor, _anything, gather_plan.holds),
+    "ulysses": Strategy(ulysses_plan.moves, ulysses.executor, ulysses_plan.refuses, ulysses_plan.holds),
     "ulysses_ring": Strategy(
         partial(ulysses_plan.moves, inner_moves=ring_plan.moves),
         partial(ulysses.executor, inner_executor=ring.executor),
         partial(ulysses_plan.refuses, inner_refuses=_anything),
         partial(ulysses_plan.holds, inner_holds=_two_messages),
-        "heads against tokens inside a node, keys and values between nodes",
     ),
     "dist_attention": Strategy(
         dist_attention_plan.moves,
         dist_attention.executor,
         dist_attention_plan.refuses,
         dist_attention_plan.holds,
-        "queries travel, keys and values stay",
     ),
 }
 NAMES = ("auto", *TABLE)

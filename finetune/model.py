@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,6 +58,21 @@ class Trained:
             "shapes": digest,
             "rope": {key: parameters[key] for key in sorted(parameters)},
         }
+
+
+class Heads(NamedTuple):
+    """A model as attention sees it: query heads, KV heads, features of a head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def heads_of(hf_config: Any) -> Heads:
+    """Return the heads of a transformers text config; what it leaves out follows from the rest."""
+    heads = int(hf_config.num_attention_heads)
+    kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
+    return Heads(heads, kv_heads, int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads))
 
 
 def read_config(path: str | None, fields: Mapping[str, Any] | None, made_by: str | None = None) -> Any:

@@ -23,7 +23,7 @@ from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
 from ringspan.finetune.evaluate import Judge
 from ringspan.finetune.files import find_files
-from ringspan.finetune.model import Lora, Trained, build, read_config, read_tokenizer
+from ringspan.finetune.model import Lora, Trained, build, heads_of, read_config, read_tokenizer
 from ringspan.finetune.track import Tracker
 from ringspan.launch.plan_inputs import checked_mask, gradient_dtype, layer_masks, layout_of, measured_costs
 from ringspan.launch.ranks import Place
@@ -49,7 +49,7 @@ def check_inputs(config: Config) -> None:
     read_tokenizer(tokenizer_path(config))
     scaling(config, hf_config)
     if config.attention.mask is not None:
-        checked_mask(config.attention.mask, _kv_heads(hf_config), config.data.seq_length)
+        checked_mask(config.attention.mask, heads_of(hf_config.get_text_config()).kv_heads, config.data.seq_length)
     _check_strategy(config, hf_config)
     _costs(config)
     folder = Path(config.train.output_dir)
@@ -86,25 +86,18 @@ def _check_strategy(config: Config, hf_config: Any) -> None:
         Fault: if not; whether it does is no matter of the mask.
     """
     hf = hf_config.get_text_config()
-    heads = int(hf.num_attention_heads)
     try:
         plan(
             Causal(),
             make_layout(config, hf_config),
             world=config.parallel.cp,
             length=config.data.seq_length,
-            heads=heads,
-            kv_heads=_kv_heads(hf),
-            head_dim=int(getattr(hf, "head_dim", None) or hf.hidden_size // heads),
+            **heads_of(hf)._asdict(),
             dtype=getattr(torch, config.model.dtype),
             strategy="ring" if config.attention.strategy == "auto" else config.attention.strategy,
         )
     except ValueError as error:
         raise Fault(f"attention.{error}") from error
-
-
-def _kv_heads(hf_config: Any) -> int:
-    return int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
 
 
 def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
@@ -150,7 +143,7 @@ def make_layout(config: Config, hf_config: Any) -> Layout:
     text_config = hf_config.get_text_config()
     texts = [config.attention.mask or text for text in layer_masks(text_config) if text is not None]
     layers = [(parse_mask(text), count) for text, count in Counter(texts).items()]
-    return layout_of(config.attention.layout, layers, _kv_heads(text_config))
+    return layout_of(config.attention.layout, layers, heads_of(text_config).kv_heads)
 
 
 def make_context(config: Config, place: Place) -> SequenceContext:

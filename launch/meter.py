@@ -15,7 +15,7 @@ from torch import Tensor
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Documents, Mask, Plan, plan
 from ringspan.dist_attn.layout import Layout
-from ringspan.finetune.model import Trained
+from ringspan.finetune.model import Trained, heads_of
 from ringspan.launch.ranks import Place
 from ringspan.parallel.boundaries import Packed, rows_of
 from ringspan.parallel.context import SequenceContext
@@ -26,10 +26,7 @@ class Meter:
 
     def __init__(self, config: Config, place: Place, trained: Trained, context: SequenceContext) -> None:
         self._place, self._context, self._trained = place, context, trained
-        hf = trained.base.config
-        self._heads = int(hf.num_attention_heads)
-        self._kv_heads = int(getattr(hf, "num_key_value_heads", None) or self._heads)
-        self._head_dim = int(getattr(hf, "head_dim", None) or hf.hidden_size // self._heads)
+        self._heads = heads_of(trained.base.config)
         self._dtype = getattr(torch, config.model.dtype)
         self._steps = 0
         self._seconds = 0.0
@@ -66,9 +63,7 @@ class Meter:
             layout,
             world=self._place.world,
             length=edges[-1],
-            heads=self._heads,
-            kv_heads=self._kv_heads,
-            head_dim=self._head_dim,
+            **self._heads._asdict(),
             dtype=self._dtype,
             gradient_dtype=self._context.gradient_dtype,
         )
@@ -111,7 +106,7 @@ class Meter:
         """Return model FLOPs of the step: 6 a parameter and token; 12 a live pair (of all layers), head and feature."""
         parameters, trainable = self._trained.counts()
         dense = tokens * (4 * parameters + 2 * trainable)
-        return dense + 12.0 * area * self._heads * self._head_dim
+        return dense + 12.0 * area * self._heads.heads * self._heads.head_dim
 
     def summary(self) -> dict[str, Any]:
         """Return the run's averages for evaluation.json; nothing where no step was made."""

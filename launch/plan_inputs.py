@@ -17,7 +17,7 @@ from ringspan.dist_attn import Contiguous, Documents, Mask, ZigZag, parse_mask
 from ringspan.dist_attn.balanced import Balanced
 from ringspan.dist_attn.cost import Costs, typical
 from ringspan.dist_attn.layout import Layout, Striped
-from ringspan.finetune.model import read_config
+from ringspan.finetune.model import heads_of, read_config
 from ringspan.kernels.parts import parts_of
 from ringspan.launch import plan_options
 from ringspan.launch.plan_options import Options
@@ -107,8 +107,6 @@ def read(config: Config, options: Options) -> Inputs:
 def _shape(config: Config) -> Shape:
     whole = read_config(config.model.path, config.model.config, config.model.made_by)
     hf = whole.get_text_config()
-    heads = int(hf.num_attention_heads)
-    head_dim = int(getattr(hf, "head_dim", None) or hf.hidden_size // heads)
     found: dict[str, list[int]] = {}
     kinds = layer_masks(hf)
     for number, text in enumerate(kinds):
@@ -118,9 +116,7 @@ def _shape(config: Config) -> Shape:
         config.model.path or whole.model_type,
         {text: tuple(numbers) for text, numbers in found.items()},
         kinds.count(None),
-        heads,
-        int(getattr(hf, "num_key_value_heads", None) or heads),
-        head_dim,
+        *heads_of(hf),
     )
 
 

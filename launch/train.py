@@ -20,7 +20,7 @@ from ringspan.configs.schema import Config
 from ringspan.dist_attn import Disagreement
 from ringspan.finetune.export import export
 from ringspan.finetune.loss import chunked_cross_entropy
-from ringspan.finetune.model import read_tokenizer
+from ringspan.finetune.model import heads_of, read_tokenizer
 from ringspan.finetune.report import report
 from ringspan.finetune.track import Tracker
 from ringspan.kernels.select import select
@@ -169,8 +169,7 @@ def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | 
     every, trainable = trained.counts()
     per_step = config.data.seq_length * config.train.batch_size * config.train.gradient_accumulation_steps
     hf = trained.base.config
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    kernel = select(place.device, getattr(torch, config.model.dtype), int(head_dim))
+    kernel = select(place.device, getattr(torch, config.model.dtype), heads_of(hf).head_dim)
     return {
         "model": f"{trained.base.config.model_type}, {every / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trained, "
         f"computed in {config.model.dtype}",
