@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,19 @@ def cases(strategies: list[str]) -> dict[int, list[dict[str, Any]]]:
     """Return the cases by number of hosts; compute is a little longer than the bytes take at 400 Mbit/s."""
     real = {**SHAPE, "compute": "real", "hides": True, "mask": "causal", "layout": "ZigZag", "length": 8192}
     wait = {**SHAPE, "compute": "wait", "rate": 60e9, "hides": True}
+    packed = "causal & documents(0, {})"
     four = [
         {**wait, "mask": "causal", "layout": "ZigZag", "length": 16384},
         {**wait, "mask": "full", "layout": "Contiguous", "length": 16384},
         {**wait, "mask": "causal & (window(3000) | sinks(4))", "layout": "Contiguous", "length": 16384},
+        {**wait, "mask": packed.format("2474, 3688, 5042, 5220"), "layout": "Balanced", "length": 16384},
         {**wait, "mask": "causal", "layout": "ZigZag", "length": 8192, "rate": 200e9, "hides": False},
     ]
+    eight = [{**wait, "mask": packed.format("5786, 15101, 20800, 21912, 32040"), "layout": "Balanced", "length": 32768}]
     for strategy in strategies:
         four.append({**four[0], "strategy": strategy, "hides": False})
         four.append({**four[2], "strategy": strategy, "hides": False})
-    return {2: [real], 4: four}
+    return {2: [real], 4: four, 8: eight}
 
 
 def row(hosts_: int, entry: dict[str, Any], links: list[dict[str, Any]]) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def row(hosts_: int, entry: dict[str, Any], links: list[dict[str, Any]]) -> dict
     forward, backward, call = entry["speeds"]
     costs = Costs.of({"links": links, "ranks_per_node": 1, "forward": forward, "backward": backward, "call": call})
     made = planned(case, hosts_)
-    found: dict[str, Any] = {"hosts": hosts_, **case}
+    found: dict[str, Any] = {"hosts": hosts_, **case, "label": shown(case["mask"])}
     for index, name in enumerate(("forward", "backward")):
         median = {arm: statistics.median(each[index] for each in entry["times"][arm]) for arm in ARMS}
         predicted = made.seconds(costs, backward=bool(index))
@@ -81,7 +85,7 @@ def measure(mbit: int, rounds: int, strategies: list[str]) -> dict[str, Any]:
         rows += [row(count, entry, results[0]["links"]) for entry in results[0]["cases"]]
         for each in rows[-len(some) :]:
             print(
-                f"  {each['strategy']:15} {each['mask']:40} exposed {each['exposed']:5.2f}  "
+                f"  {each['strategy']:15} {each['label']:40} exposed {each['exposed']:5.2f}  "
                 f"predicted / measured {each['predicted_over_measured']:.2f}",
                 flush=True,
             )
@@ -94,6 +98,11 @@ def measure(mbit: int, rounds: int, strategies: list[str]) -> dict[str, Any]:
         "machine": machine,
         "torch": torch.__version__,
     }
+
+
+def shown(mask: str) -> str:
+    """Return a mask in a few words."""
+    return re.sub(r"documents\([^)]*\)", lambda found: f"{found[0].count(',')} documents", mask)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -114,7 +123,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             index - 0.18, exposed, 0.34, left=total["silent"], color="#ee6677", label="exposed" if not index else None
         )
         axes.barh(index + 0.18, guess, 0.34, color="#bbbbbb", label="predicted" if not index else None)
-    names = [f"{r['hosts']} hosts, {r['strategy']}\n{r['mask']}, {r['length'] // 1024}K" for r in rows]
+    names = [f"{r['hosts']} hosts, {r['strategy']}\n{r['label']}, {r['length'] // 1024}K" for r in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("seconds, forward + backward of one layer")

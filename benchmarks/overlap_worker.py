@@ -19,7 +19,7 @@ import torch.distributed as dist
 from links import links, rates
 from torch import Tensor
 
-from ringspan.dist_attn import Traffic, parse_mask, plan
+from ringspan.dist_attn import Balanced, Traffic, parse_mask, plan
 from ringspan.dist_attn import layout as layouts
 from ringspan.dist_attn.cost import BACKWARD_FLOPS, FORWARD_FLOPS
 from ringspan.dist_attn.exchange import Exchange, Pending
@@ -62,10 +62,10 @@ def waiting(forward_rate: float, backward_rate: float) -> Backend:
 
 
 def planned(case: dict[str, Any], world: int) -> Plan:
-    layout = getattr(layouts, case["layout"])()
-    dtype = getattr(torch, case["dtype"])
+    mask, dtype = parse_mask(case["mask"]), getattr(torch, case["dtype"])
+    layout = Balanced(mask) if case["layout"] == "Balanced" else getattr(layouts, case["layout"])()
     shape = {name: case[name] for name in ("length", "heads", "kv_heads", "head_dim")}
-    return plan(parse_mask(case["mask"]), layout, world=world, strategy=case["strategy"], dtype=dtype, **shape)
+    return plan(mask, layout, world=world, strategy=case["strategy"], dtype=dtype, **shape)
 
 
 class Runner:

@@ -93,9 +93,8 @@ def exchange_rows() -> list[tuple[str, str, str]]:
         command = "`python benchmarks/overlap.py` (root)"
         hides = [row for row in overlap["rows"] if row["hides"]]
         for row in hides:
-            what = (
-                f"{row['hosts']} hosts, {overlap['mbit']} Mbit/s, ring, {row['mask'].replace('|', '/')}: exposed share"
-            )
+            label = row["label"].replace("|", "/")
+            what = f"{row['hosts']} hosts, {overlap['mbit']} Mbit/s, ring, {label}: exposed share"
             found.append((what, f"{max(row['exposed'], 0):.2f}", command))
         ratios = sorted(row["predicted_over_measured"] for row in overlap["rows"])
         what = f"seconds predicted / measured on shaped links, {len(ratios)} cases"

@@ -124,12 +124,10 @@ def predict(transfers: Transfers, areas: Integers, head_dim: int, costs: Costs, 
     ready = np.zeros((rounds + 1, world))
     starts, ends = np.zeros((rounds, world)), np.zeros((rounds, world))
     wires = _Wires(costs, world)
-    order = np.argsort(transfers.depart, kind="stable")
-    edges = np.searchsorted(transfers.depart[order], np.arange(rounds + 1))
+    batches = _batches(transfers, rounds)
     for number in range(rounds):
         starts[number] = np.maximum(ready[number], ends[number - 1] if number else 0.0)
-        leaving = order[edges[number] : edges[number + 1]]
-        if len(leaving):
+        for leaving in batches[number]:  # in the order in which they are posted: the most urgent first
             sides = transfers.source[leaving], transfers.target[leaving]
             done = wires.send(*sides, transfers.bytes[leaving], starts[number])
             for side in sides:  # the sender too goes on only when its message has left
@@ -138,6 +136,17 @@ def predict(transfers: Transfers, areas: Integers, head_dim: int, costs: Costs, 
     seconds = float(max(ends[-1].max(initial=0.0), ready.max(initial=0.0)))
     compute = float(work.sum(0).max(initial=0.0))
     return Prediction(seconds, compute, seconds - compute, starts, ends)
+
+
+def _batches(transfers: Transfers, rounds: int) -> list[list[Integers]]:
+    """Return, for each round, what leaves before it: a batch (indices) for each round that it is needed in."""
+    found: list[list[Integers]] = [[] for _ in range(rounds)]
+    order = np.lexsort((transfers.arrive, transfers.depart))
+    keys = np.stack([transfers.depart, transfers.arrive])[:, order]
+    for batch in np.split(order, np.flatnonzero(np.diff(keys).any(0)) + 1):
+        if len(batch):
+            found[transfers.depart[batch[0]]].append(batch)
+    return found
 
 
 class _Wires:

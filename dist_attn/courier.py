@@ -147,8 +147,8 @@ class Returns:
     ) -> None:
         self.channels, self.rank, self.base, self.dk, self.dv, self.wire = channels, rank, base, dk, dv, wire
         self.rows = LocalRows(spans)
-        self.pending: list[Pending] = []
-        self.incoming: list[tuple[tuple[Hop, ...], Message]] = []
+        self.flying: dict[int, list[Pending]] = defaultdict(list)  # by the step after which they are added
+        self.coming: dict[int, list[tuple[tuple[Hop, ...], Message]]] = defaultdict(list)
         # This rank's sums that have not left yet: where a piece lies, and all that lies in the same buffer.
         self.parts: dict[tuple[int, Span], tuple[tuple[Hop, ...], Message, Span]] = {}
 
@@ -161,37 +161,43 @@ class Returns:
         return message.first, message.second
 
     def exchange(self, step: Step) -> None:
-        """Add what came in the last round, and start sending this step's sums on."""
-        if not step.gradients and not step.returns:
-            return
-        self._collect()
-        assert self.channels is not None, "a plan with messages needs a group"
-        sends = [(each.peer, self._pack(each.hops)) for each in step.gradients]
-        self.incoming = [(each.hops, self._message(each.hops, self.wire)) for each in step.returns]
-        receives = [(each.peer, m) for each, (_, m) in zip(step.returns, self.incoming, strict=True)]
-        self.pending = self.channels.post(self.base | step.number, sends, receives)
+        """Add what is to be added by now, and start sending this step's sums on."""
+        self._collect(step.number)
+        for number in sorted({each.step for each in (*step.gradients, *step.returns)}):
+            assert self.channels is not None, "a plan with messages needs a group"
+            sends = [(each.peer, self._pack(each.hops)) for each in step.gradients if each.step == number]
+            came = [each for each in step.returns if each.step == number]
+            messages = [self._message(each.hops, self.wire) for each in came]
+            receives = [(each.peer, message) for each, message in zip(came, messages, strict=True)]
+            self.coming[number] += [(each.hops, message) for each, message in zip(came, messages, strict=True)]
+            self.flying[number] += self.channels.post(self.base | number, sends, receives)
 
     def finish(self) -> None:
-        """Wait for the last round."""
-        self._collect()
+        """Wait for all that is left."""
+        self._collect(max(self.flying, default=0))
 
     def _message(self, hops: tuple[Hop, ...], dtype: torch.dtype) -> Message:
         assert self.channels is not None
         return self.channels.flat.message(like(self.dk, rows_in(hops), dtype), self.dk.device, note_of(hops))
 
-    def _collect(self) -> None:
-        for pending in self.pending:
-            pending.wait()
-        for hops, message in self.incoming:
-            for hop, rows in hop_rows(hops):
-                if hop.owner == self.rank:
-                    mine, totals = self.rows.of(hop.span), (self.dk, self.dv)
-                else:
-                    _, part, mine = self.parts[hop.piece]
-                    totals = part.tensors
-                for total, came in zip(totals, message.tensors, strict=True):
-                    rows_of(total, mine).add_(rows_of(came, rows))
-        self.pending, self.incoming = [], []
+    def _collect(self, last: int) -> None:
+        """Wait for what is added by step ``last``, and add it in the plan's order."""
+        for number in sorted(self.flying):
+            if number <= last:
+                for pending in self.flying.pop(number):
+                    pending.wait()
+                for hops, message in self.coming.pop(number):
+                    self._add(hops, message)
+
+    def _add(self, hops: tuple[Hop, ...], message: Message) -> None:
+        for hop, rows in hop_rows(hops):
+            if hop.owner == self.rank:
+                mine, totals = self.rows.of(hop.span), (self.dk, self.dv)
+            else:
+                _, part, mine = self.parts[hop.piece]
+                totals = part.tensors
+            for total, came in zip(totals, message.tensors, strict=True):
+                rows_of(total, mine).add_(rows_of(came, rows))
 
     def _pack(self, hops: tuple[Hop, ...]) -> Message:
         together, message, _ = self.parts[hops[0].piece]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringspan.dist_attn.moves import Integers
-from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, ring, tree, two_ways
+from ringspan.dist_attn.routes import DIRECT, LEG, MANY_RANKS, SMALL_ROWS, double_ring, ring, straight, tree
 from ringspan.dist_attn.steps import Hop
 from ringspan.kernels.mask import Span
 
-# Kinds of routes: the ring, a tree, the halves that go round the other way, each the shorter way.
-CHAIN, TREE, BEHIND, SHORTER = range(4)
+# Kinds of routes: the ring, a tree, the halves that go round the other way, straight to each rank.
+CHAIN, TREE, BEHIND, STRAIGHT = range(4)
 FIELDS = (*LEG, "owner", "segment")
 
 
@@ -77,17 +77,18 @@ def pieces(held: Sequence[Sequence[Span]], needs: Sequence[Sequence[Span]]) -> t
 
 
 def route_all(
-    owners: Integers, segments: Integers, wanted: np.ndarray, mesh: tuple[int, ...], *, shorter: bool = False
+    owners: Integers, segments: Integers, wanted: np.ndarray, mesh: tuple[int, ...], *, direct: bool = False
 ) -> Hops:
     """Route every piece; pieces of one owner, one set of ranks and one kind share a route.
 
     Args:
         owners, segments, wanted: of ``pieces``.
         mesh: (world,), or (nodes, ranks in a node).
-        shorter: pieces go round each the shorter way, not all the same way; for a flat world.
+        direct: pieces go from their owner to each rank, not round the ring, and when is left open (``DIRECT``);
+            for a flat world.
     """
     world, rows, count = int(np.prod(mesh)), segments[:, 1] - segments[:, 0], wanted.sum(1)
-    kind = np.where((rows <= SMALL_ROWS) & (count >= MANY_RANKS), TREE, SHORTER if shorter else CHAIN)
+    kind = np.where((rows <= SMALL_ROWS) & (count >= MANY_RANKS), TREE, STRAIGHT if direct else CHAIN)
     for_all = (kind == CHAIN) & (count == world - 1) & (rows > SMALL_ROWS)
     if for_all.any() and mesh[0] > 2 and (for_all | (kind == TREE) | (count == 0)).all():
         middle = segments.sum(1)[for_all] // 2
@@ -97,7 +98,10 @@ def route_all(
         segments[first, 1], segments[first + 1, 0] = middle, middle
         kind[first + 1] = BEHIND
     routes, pattern = _routes(owners, wanted, kind, mesh)
-    return _laid_out(routes, pattern, owners, segments)
+    made = _laid_out(routes, pattern, owners, segments)
+    if not direct:
+        _let_direct_hops_leave_early(made.table)
+    return made
 
 
 def _routes(
@@ -114,15 +118,15 @@ def _route(kind: int, owner: int, needers: Integers, mesh: tuple[int, ...]) -> I
     if not len(needers):
         return np.zeros((0, len(LEG)), dtype=np.int64)
     world, direction = int(np.prod(mesh)), -1 if kind == BEHIND else 1
-    if kind == SHORTER:
-        return two_ways(owner, needers, world)
+    if kind == STRAIGHT:
+        return straight(owner, needers, world)
     if kind == TREE:
         return tree(owner, needers, world)
     return double_ring(owner, needers, *mesh, direction) if len(mesh) == 2 else ring(owner, needers, world, direction)
 
 
 def _laid_out(routes: list[Integers], pattern: Integers, owners: Integers, segments: Integers) -> Hops:
-    """Write the hops of every piece, and let a direct hop leave one step ahead of its target's need."""
+    """Write the hops of every piece."""
     if len(segments) and (segments[1:, 0] != segments[:-1, 1]).any():
         raise ValueError("kv_layout: leaves keys without an owner; its ranks' spans must cover the whole sequence")
     tables = []
@@ -135,7 +139,6 @@ def _laid_out(routes: list[Integers], pattern: Integers, owners: Integers, segme
             which = np.repeat(pieces, len(legs))
             tables.append(np.column_stack([way, owners[which], which]))
     table = np.concatenate(tables) if tables else np.zeros((0, len(FIELDS)), dtype=np.int64)
-    _let_direct_hops_leave_early(table)
     points = np.append(segments[:, 0], segments[-1:, 1]) if len(segments) else np.zeros(1, dtype=np.int64)
     return Hops(table, points)
 

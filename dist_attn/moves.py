@@ -6,7 +6,7 @@ Bytes counted, seconds predicted and timelines drawn all come from it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,10 @@ class Transfers:
         parts = [*many, cls.of(())]
         names = ("depart", "arrive", "source", "target", "bytes")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def later(self, rounds: int) -> Transfers:
+        """Return the same transfers so many rounds later."""
+        return replace(self, depart=self.depart + rounds, arrive=self.arrive + rounds)
 
     def received(self, rank: int) -> int:
         """Return the bytes that arrive at ``rank``."""

@@ -30,14 +30,11 @@ class RingMoves:
         """K and V out; backward also dK and dV, which leave once a step is computed."""
         problem, found, base = self.problem, [], 0
         for part, made in zip(problem.parts, self.schedules, strict=True):
-            hops, elements = made.columns, 2 * part.share * problem.head_dim
-            keys = hops.rows * elements * problem.dtype.itemsize
-            found.append(Transfers(hops.depart + base, hops.step + base, hops.source, hops.target, keys))
+            elements = 2 * part.share * problem.head_dim
+            found.append(made.keys(elements * problem.dtype.itemsize).later(base))
             if backward:
-                back = hops.back + 1 + base
-                size = hops.rows * elements * problem.wired.itemsize
-                found.append(Transfers(back, back + 1, hops.target, hops.home, size))  # added after the next step
-            base += _rounds(made)
+                found.append(made.gradients(elements * problem.wired.itemsize).later(base))
+            base += made.rounds
         return Transfers.join(found)
 
     def areas(self, *, backward: bool = False) -> Integers:
@@ -46,13 +43,8 @@ class RingMoves:
         found = []
         for part, made in zip(self.problem.parts, self.schedules, strict=True):
             areas = made.backward_areas if backward else made.areas
-            found.append(np.pad(areas * (part.share * ratio), ((0, _rounds(made) - len(areas)), (0, 0))))
+            found.append(np.pad(areas * (part.share * ratio), ((0, made.rounds - len(areas)), (0, 0))))
         return np.concatenate(found)
-
-
-def _rounds(made: Schedule) -> int:
-    """Return the rounds of one part: all steps, and the last gradients home."""
-    return int(max(made.columns.step.max(initial=0), made.columns.back.max(initial=-1) + 2)) + 1
 
 
 def moves(problem: Problem, *, double: bool = False) -> RingMoves:

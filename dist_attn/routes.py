@@ -3,8 +3,9 @@
 A *pattern* is an owner and the set of ranks that need a piece; pieces of one pattern share one route, so the cost of
 planning grows with the patterns, not with the tokens.
 
-- ring: neighbour hops while each rank on the way needs the piece, straight from the owner where some do not; all one
-  way, or each the shorter way. Where every rank needs every piece, each is halved, and the halves go one way each.
+- ring: neighbour hops while each rank on the way needs the piece, straight from the owner where some do not.
+  Where every rank needs every piece, each is halved, and the halves go one way each.
+- straight from the owner to each rank, where ``pace`` is to choose when.
 - a few rows that many ranks need (sink tokens) go by a binomial tree: log2 of the ranks, not as many steps as ranks.
 - double ring: between nodes by a ring of nodes, each node entered once; inside a node from rank to rank.
 """
@@ -18,7 +19,7 @@ from ringspan.dist_attn.moves import Integers
 SMALL_ROWS = 64  # pieces of up to this many rows are bound by latency, not by bytes
 MANY_RANKS = 4  # fewer ranks than this are reached as quickly one after the other
 DIRECT = -1  # departure of a hop that starts at the owner and may leave at any time
-LEG = ("depart", "step", "source", "target", "home", "back")  # columns of a route; fields of ``steps.Hop``
+LEG = ("depart", "step", "source", "target", "home", "back", "add")  # columns of a route; fields of ``steps.Hop``
 
 
 def ring(owner: int, needers: Integers, world: int, direction: int = 1) -> Integers:
@@ -35,23 +36,15 @@ def ring(owner: int, needers: Integers, world: int, direction: int = 1) -> Integ
     source = np.where(starts, own, np.append(owner, rank[:-1]))
     home = np.where(ends, own, np.append(rank[1:], owner))
     depart = np.where(starts & (distance > 1), DIRECT, distance - 1)
-    return np.column_stack([depart, distance, source, rank, home, distance])
+    return np.column_stack([depart, distance, source, rank, home, distance, distance + 1])
 
 
-def two_ways(owner: int, needers: Integers, world: int) -> Integers:
-    """Chain by neighbours each way while every rank needs the piece; send the rest directly, by the shorter way."""
-    need = np.zeros(world, dtype=bool)
-    need[(needers - owner) % world] = True  # by distance from the owner
-    ahead = int(np.argmin(np.append(need[1:], False)))
-    behind = int(np.argmin(np.append(need[:ahead:-1], False)))
-    rest = np.flatnonzero(need[ahead + 1 : world - behind]) + ahead + 1
-    step, own = np.minimum(rest, world - rest), np.full(len(rest), owner)
-    direct = np.column_stack([np.full(len(rest), DIRECT), step, own, (owner + rest) % world, own, step])
-    chains = [
-        ring(owner, (owner + way * np.arange(1, count + 1)) % world, world, way)
-        for way, count in ((1, ahead), (-1, behind))
-    ]
-    return np.concatenate([*chains, direct])
+def straight(owner: int, needers: Integers, world: int) -> Integers:
+    """Send the piece from its owner to each rank, and each gradient home; steps are the distance clockwise."""
+    distance = np.sort((needers - owner) % world)
+    own = np.full(len(distance), owner)
+    rank = (owner + distance) % world
+    return np.column_stack([np.full(len(distance), DIRECT), distance, own, rank, own, distance, distance + 1])
 
 
 def tree(owner: int, needers: Integers, world: int) -> Integers:
@@ -61,7 +54,8 @@ def tree(owner: int, needers: Integers, world: int) -> Integers:
     step = np.floor(np.log2(index)).astype(np.int64) + 1
     parent = rank[index - (1 << (step - 1))]
     depth = int(step[-1])
-    return np.column_stack([step - 1, step, parent, rank[1:], parent, 2 * depth - step])
+    back = 2 * depth - step
+    return np.column_stack([step - 1, step, parent, rank[1:], parent, back, back + 1])
 
 
 def double_ring(owner: int, needers: Integers, nodes: int, inside: int, direction: int = 1) -> Integers:
@@ -89,4 +83,4 @@ def double_ring(owner: int, needers: Integers, nodes: int, inside: int, directio
     source = np.where(crosses, np.where(before < 0, owner, before), np.where(first, owner, previous))
     depart = np.where(crosses, np.where(before < 0, DIRECT, (away - 1) * inside), step - 1)
     home = np.append(np.where(first[1:], owner, rank[1:]), owner)
-    return np.column_stack([depart, step, source, rank, home, step])
+    return np.column_stack([depart, step, source, rank, home, step, step + 1])

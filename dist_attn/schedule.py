@@ -9,23 +9,23 @@ Causal zigzag falls out: first halves go all the way round clockwise, second hal
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
 from ringspan.dist_attn.areas import areas_by_segment, halving_row
-from ringspan.dist_attn.cost import Costs, Link, predict
-from ringspan.dist_attn.hops import FIELDS, Hops, inside, pieces, route_all
+from ringspan.dist_attn.hops import Hops, inside, pieces, route_all
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.moves import Integers, Transfers
+from ringspan.dist_attn.pace import paced
 from ringspan.dist_attn.pairs import missing
 from ringspan.dist_attn.steps import Hop, Step, steps_of
 from ringspan.kernels.mask import Mask, Span
 from ringspan.kernels.work import Work, work
 
-COMPARED_RANKS = 256  # in larger worlds pieces go round one way, which suits dense masks
-INSTANT = Costs((Link(0.0, 1e30),), 1 << 30, forward=1.0, backward=1.0)
+COMPARED_RANKS = 256  # in larger worlds pieces go round the ring, which suits dense masks
+NEIGHBOURS = 1.05  # from neighbour to neighbour few bytes leave a node: what goes straight must be this much faster
 HALF_ROWS = 256  # a rank's own keys are cut at multiples of this, or not at all
 
 
@@ -41,6 +41,21 @@ class Schedule:
     needs: tuple[tuple[Span, ...], ...] = field(compare=False, repr=False)  # of each rank: keys seen and not held
     columns: Hops = field(compare=False, repr=False)
     _steps: dict[int, tuple[Step, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of a pass: all steps, and the last gradients home."""
+        return int(max(self.columns.step.max(initial=0), self.columns.add.max(initial=-1) + 1)) + 1
+
+    def keys(self, row_bytes: int) -> Transfers:
+        """Return the way of K and V, ``row_bytes`` a key."""
+        hops = self.columns
+        return Transfers(hops.depart, hops.step, hops.source, hops.target, hops.rows * row_bytes)
+
+    def gradients(self, row_bytes: int) -> Transfers:
+        """Return the way of dK and dV: they leave when their step is computed, and are added when another is."""
+        hops = self.columns
+        return Transfers(hops.back + 1, hops.add + 1, hops.target, hops.home, hops.rows * row_bytes)
 
     @property
     def world(self) -> int:
@@ -118,8 +133,7 @@ class Schedule:
     @cached_property
     def backward_areas(self) -> Integers:
         """Like ``areas``, of the backward pass: what is left of a rank's own keys comes after its last gradients."""
-        last = int(max(self.columns.step.max(initial=0), self.columns.back.max(initial=-1) + 1))
-        found = np.pad(self.areas, ((0, last + 1 - len(self.areas)), (0, 0)))
+        found = np.pad(self.areas, ((0, self.rounds - len(self.areas)), (0, 0)))
         for rank in range(self.world):
             halves = self.own_halves(rank)
             if len(halves) == 2:
@@ -131,17 +145,25 @@ class Schedule:
     @cached_property
     def areas(self) -> Integers:
         """Live pairs of each step and rank: [steps, world]."""
+        own, hops = self.live
+        found = np.zeros((int(self.columns.step.max(initial=0)) + 1, self.world), dtype=np.int64)
+        found[0] = own
+        np.add.at(found, (self.columns.step, self.columns.target), hops)
+        return found
+
+    @cached_property
+    def live(self) -> tuple[Integers, Integers]:
+        """Live pairs of each rank with its own keys [world], and of each hop's target with its keys [hops]."""
         columns, world = self.columns, self.world
-        found = np.zeros((int(columns.step.max(initial=0)) + 1, world), dtype=np.int64)
+        own, hops = np.zeros(world, dtype=np.int64), np.zeros(len(columns.table), dtype=np.int64)
         order = np.argsort(columns.target, kind="stable")
         edges = np.searchsorted(columns.target[order], np.arange(world + 1))
         for rank in range(world):
-            queries = self.spans(rank)
-            by_segment = areas_by_segment(self.mask, queries, columns.points)
-            mine = columns.table[order[edges[rank] : edges[rank + 1]]]
-            np.add.at(found[:, rank], mine[:, FIELDS.index("step")], by_segment[mine[:, -1]])
-            found[0, rank] += by_segment[inside(columns.points, self.kv_spans(rank))].sum()
-        return found
+            by_segment = areas_by_segment(self.mask, self.spans(rank), columns.points)
+            mine = order[edges[rank] : edges[rank + 1]]
+            hops[mine] = by_segment[columns.segment[mine]]
+            own[rank] = by_segment[inside(columns.points, self.kv_spans(rank))].sum()
+        return own, hops
 
 
 @lru_cache(maxsize=256)
@@ -160,24 +182,42 @@ def schedule(
         ValueError: if the mask does not fit ``length``.
     """
     mask.check(length)
-    mesh = world if isinstance(world, tuple) else (world,)
-    kv_layout, ranks = kv_layout or layout, int(np.prod(mesh))
-    held = [kv_layout.spans(rank, ranks, length) for rank in range(ranks)]
-    needs = tuple(missing(mask, layout.spans(rank, ranks, length), held[rank], length) for rank in range(ranks))
+    ring, *others = routed(mask, layout, world if isinstance(world, tuple) else (world,), length, kv_layout or layout)
+    for other in others:
+        if NEIGHBOURS * coupled_area(other) < coupled_area(ring):
+            return other
+    return ring
+
+
+def routed(mask: Mask, layout: Layout, mesh: tuple[int, ...], length: int, kv_layout: Layout) -> tuple[Schedule, ...]:
+    """Return the ways in which pieces can go: round the ring; where ranks' work may be uneven also paced."""
+    world = int(np.prod(mesh))
+    held = [kv_layout.spans(rank, world, length) for rank in range(world)]
+    needs = tuple(missing(mask, layout.spans(rank, world, length), held[rank], length) for rank in range(world))
     cut = pieces(held, needs)
-    one_way = Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(*cut, mesh))
+    ring = Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(*cut, mesh))
     # One document gives every rank the same work in every step; of many, each rank has its own share of work in a step.
-    if mask.documents is None or len(mesh) == 2 or not 2 < ranks <= COMPARED_RANKS:
-        return one_way
-    shorter = Schedule(mask, layout, kv_layout, mesh, length, needs, route_all(*cut, mesh, shorter=True))
-    return min((one_way, shorter), key=coupled_seconds)
+    if mask.documents is None or len(mesh) == 2 or not 2 < world <= COMPARED_RANKS:
+        return (ring,)
+    direct = replace(ring, columns=route_all(*cut, mesh, direct=True), _steps={})
+    columns = paced(direct.columns, *direct.live, -(-length // world))
+    return ring, replace(ring, columns=columns, _steps={})
 
 
-def coupled_seconds(made: Schedule) -> float:
-    """Return how long a forward and a backward pass take where transfers take no time and ranks wait for each other."""
-    hops, nothing = made.columns, np.zeros(len(made.columns.table), dtype=np.int64)
-    keys = Transfers(hops.depart, hops.step, hops.source, hops.target, nothing)
-    home = Transfers(hops.back + 1, hops.back + 2, hops.target, hops.home, nothing)
-    forward = predict(keys, made.areas, 1, INSTANT, backward=False)
-    backward = predict(Transfers.join([keys, home]), made.backward_areas, 1, INSTANT, backward=True)
-    return forward.seconds + backward.seconds
+def coupled_area(made: Schedule) -> int:
+    """Return the pairs in which the last rank ends where transfers take no time, but ranks wait for each other."""
+    both = Transfers.join([made.keys(0), made.gradients(0)])
+    order = np.argsort(both.arrive, kind="stable")
+    edges = np.searchsorted(both.arrive[order], np.arange(made.rounds + 1))
+    starts = np.zeros((made.rounds, made.world), dtype=np.int64)
+    done = np.zeros(made.world, dtype=np.int64)
+    for number in range(made.rounds):
+        came = order[edges[number] : edges[number + 1]]
+        source, target, depart = both.source[came], both.target[came], both.depart[came]
+        posted = np.maximum(starts[depart, source], starts[depart, target])
+        np.maximum.at(done, source, posted)
+        np.maximum.at(done, target, posted)
+        starts[number] = done
+        if number < len(made.areas):
+            done = done + made.areas[number]
+    return int(done.max())

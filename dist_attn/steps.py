@@ -16,7 +16,8 @@ class Hop(NamedTuple):
     """Rank ``target`` receives ``span`` from ``source`` and computes it at ``step``.
 
     It leaves before the source computes step ``depart``. Its gradient leaves the target after step ``back`` was
-    computed, for ``home``: a rank that adds its own and sends it on, or the owner.
+    computed, for ``home``, which adds it after step ``add`` at the latest: a rank that adds its own and sends the sum
+    on, or the owner.
     """
 
     depart: int
@@ -25,6 +26,7 @@ class Hop(NamedTuple):
     target: int
     home: int
     back: int
+    add: int
     owner: int
     span: Span
 
@@ -61,7 +63,7 @@ class Arrival:
 
 
 class Sending(NamedTuple):
-    """Hops that leave for ``peer`` in one message, to be there for ``step``."""
+    """Hops that leave for ``peer``, or come from it, in one message, to be there for ``step``."""
 
     peer: int
     step: int
@@ -109,8 +111,8 @@ def steps_of(
     """
     sends = _grouped((hop for hop in hops if hop.source == rank), lambda hop: (hop.depart, hop.step, hop.target))
     arrivals = _arrivals(mask, queries, [hop for hop in hops if hop.target == rank], sends)
-    gradients = _grouped((hop for hop in hops if hop.target == rank), lambda hop: (hop.back, hop.back, hop.home))
-    returns = _grouped((hop for hop in hops if hop.home == rank), lambda hop: (hop.back, hop.back, hop.target))
+    gradients = _grouped((hop for hop in hops if hop.target == rank), lambda hop: (hop.back, hop.add, hop.home))
+    returns = _grouped((hop for hop in hops if hop.home == rank), lambda hop: (hop.back, hop.add, hop.target))
     leaving, going, coming = _leaving(sends), _leaving(gradients), _leaving(returns)
     landing: dict[int, list[Arrival]] = defaultdict(list)
     awaited: dict[int, list[Arrival]] = defaultdict(list)

@@ -1,11 +1,7 @@
 """By which hops pieces travel: halves both ways, halos, trees for sink tokens, nodes entered once."""
 
-from dataclasses import replace
-
 from ringspan.dist_attn import Causal, Contiguous, Documents, Full, Sinks, Span, Window, ZigZag
-from ringspan.dist_attn.hops import pieces, route_all
-from ringspan.dist_attn.pairs import missing
-from ringspan.dist_attn.schedule import coupled_seconds, schedule
+from ringspan.dist_attn.schedule import schedule
 
 
 def test_causal_zigzag_saves_a_quarter_and_balances() -> None:
@@ -24,18 +20,6 @@ def test_causal_zigzag_works_alike_in_every_step_of_every_rank() -> None:
     made = schedule(Causal(), ZigZag(), 8, 8 * 1024)
     assert made.areas.shape == (8, 8)
     assert set(made.areas[1:].flatten().tolist()) == {2 * 512 * 512}
-
-
-def test_packed_documents_go_the_way_in_which_ranks_wait_less() -> None:
-    """One way round, or each piece the shorter way: by the seconds of a plan whose transfers take no time."""
-    mask = Causal() & Documents([0, 2600, 6100, 8100, 9100, 10800, 11800, 14500, 24500, 26000, 27500, 31700, 33500])
-    held = [ZigZag().spans(rank, 16, 33500) for rank in range(16)]
-    cut = pieces(held, [missing(mask, mine, mine, 33500) for mine in held])
-    chosen = schedule(mask, ZigZag(), 16, 33500)
-    both = [replace(chosen, columns=route_all(*cut, (16,), shorter=shorter), _steps={}) for shorter in (False, True)]
-    seconds = [coupled_seconds(each) for each in (*both, chosen)]
-    assert seconds[0] != seconds[1]
-    assert seconds[2] == min(seconds)
 
 
 def test_a_window_is_a_halo_from_the_left_and_sinks_come_from_the_first_rank() -> None:

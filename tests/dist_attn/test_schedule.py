@@ -29,7 +29,7 @@ from ringspan.dist_attn import (
 )
 from ringspan.dist_attn.layout import Layout
 from ringspan.dist_attn.pairs import Pair, pairs_of, without
-from ringspan.dist_attn.schedule import Schedule, schedule
+from ringspan.dist_attn.schedule import Schedule, routed
 from ringspan.kernels.mask import Mask
 
 LAYOUTS = [Contiguous(), ZigZag()]
@@ -63,7 +63,7 @@ def masks(draw: st.DrawFn, length: int) -> tuple[Mask, torch.Tensor]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Schedule, torch.Tensor]:
-    """A schedule of a ring or a double ring, keys perhaps shared out otherwise, with the mask's table.
+    """A schedule of a ring, paced or not, or a double ring, keys perhaps shared out otherwise, with the mask's table.
 
     Lengths beyond ``SMALL_ROWS`` a piece, so that pieces go round the ring, and below, so that they go by trees.
     """
@@ -71,7 +71,8 @@ def cases(draw: st.DrawFn) -> tuple[Schedule, torch.Tensor]:
     length = draw(st.one_of(st.integers(1, 40), st.integers(300, 700)))
     mask, table = draw(masks(length))
     layout, kv_layout = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([None, *LAYOUTS]))
-    return schedule(mask, layout, world, length, kv_layout), table
+    mesh = world if isinstance(world, tuple) else (world,)
+    return draw(st.sampled_from(routed(mask, layout, mesh, length, kv_layout or layout))), table
 
 
 def held(spans: tuple[Span, ...]) -> list[int]:
@@ -160,12 +161,12 @@ def test_a_rank_only_sends_what_it_has(case: tuple[Schedule, torch.Tensor]) -> N
     by_target = {(hop.target, hop.piece): hop for hop in plan_.hops}
     assert len(by_target) == len(plan_.hops)
     for hop in plan_.hops:
-        assert hop.depart < hop.step <= hop.back
+        assert 0 <= hop.depart < hop.step <= hop.back < hop.add
         if hop.source != hop.owner:
             assert by_target[hop.source, hop.piece].step <= hop.depart
         if hop.home != hop.owner:
             onward = by_target[hop.home, hop.piece]
-            assert onward.back > hop.back
+            assert onward.back >= hop.add
             assert onward.step <= hop.back + 1
 
 
