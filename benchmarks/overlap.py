@@ -39,10 +39,17 @@ def cases(strategies: list[str]) -> dict[int, list[dict[str, Any]]]:
         {**wait, "mask": "causal", "layout": "ZigZag", "length": 16384},
         {**wait, "mask": "full", "layout": "Contiguous", "length": 16384},
         {**wait, "mask": "causal & (window(3000) | sinks(4))", "layout": "Contiguous", "length": 16384},
-        {**wait, "mask": packed.format("2474, 3688, 5042, 5220"), "layout": "Balanced", "length": 16384},
+        {**wait, "mask": packed.format("2474, 3688, 5042, 5220, 16384"), "layout": "Balanced", "length": 16384},
         {**wait, "mask": "causal", "layout": "ZigZag", "length": 8192, "rate": 200e9, "hides": False},
     ]
-    eight = [{**wait, "mask": packed.format("5786, 15101, 20800, 21912, 32040"), "layout": "Balanced", "length": 32768}]
+    eight = [
+        {
+            **wait,
+            "mask": packed.format("5786, 15101, 20800, 21912, 32040, 32768"),
+            "layout": "Balanced",
+            "length": 32768,
+        }
+    ]
     for strategy in strategies:
         four.append({**four[0], "strategy": strategy, "hides": False})
         four.append({**four[2], "strategy": strategy, "hides": False})

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.dist_attn.message import Message, Spec
+from ringspan.dist_attn.turns import Turn, Turns
 
 _MAGIC = 0x52494E475350414E  # "RINGSPAN"
 _PACKET_BYTES = 512
@@ -52,13 +53,15 @@ class Pending:
     """Transfers in flight; ``wait`` ends them and checks every header that came in.
 
     Args:
-        works: each with the peers it serves, in words ("rank 3").
+        works: each with the peers it serves, in words ("rank 3"); they are ``dist.Work`` or wait like it.
         expected: the messages that come in.
         place: who waits, and where in its plan, for errors.
     """
 
-    def __init__(self, works: list[tuple[dist.Work, str]], expected: list[Expected], place: str = "") -> None:
-        self._works, self._expected, self._place = works, expected, place
+    def __init__(
+        self, works: Sequence[tuple[dist.Work | Turn, str]], expected: list[Expected], place: str = ""
+    ) -> None:
+        self._works, self._expected, self._place = list(works), expected, place
 
     def wait(self) -> None:
         """Block until every transfer is done.
@@ -99,6 +102,7 @@ class Exchange:
         self.traffic, self.debug = traffic, debug
         self._digest = (int(digest[:15], 16), int(digest[15:30], 16))
         self._label = label
+        self._turns = Turns()
 
     def message(self, specs: Sequence[Spec], device: torch.device, note: int = 0) -> Message:
         """Return an empty message for tensors of these shapes and dtypes."""
@@ -110,7 +114,7 @@ class Exchange:
         sends: Sequence[tuple[int, Message]],
         receives: Sequence[tuple[int, Message]],
     ) -> Pending:
-        """Start all transfers of a round and return at once.
+        """Start all transfers of a round, once those posted before are done; return at once.
 
         Args:
             round_id: the same number on both sides; rounds are posted in the same order on every rank.
@@ -130,12 +134,19 @@ class Exchange:
         peers = [f"rank {peer}" for peer, _ in [*sends, *receives]]
         place = self._place(f"step {round_id & 0xFFFF} (round {round_id:#x})")
         try:
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = self._start(operations)
         except RuntimeError as error:
             raise _lost(place, " or ".join(peers), 0.0, error) from error
         # gloo gives a work for each transfer, NCCL one for the whole batch.
         named = peers if len(works) == len(peers) else [" or ".join(dict.fromkeys(peers))] * len(works)
         return Pending(list(zip(works, named, strict=True)), expected, place)
+
+    def _start(self, operations: list[dist.P2POp]) -> Sequence[dist.Work | Turn]:
+        if not operations:
+            return []
+        if operations[0].tensor.device.type == "cpu":
+            return self._turns.post(operations)
+        return dist.batch_isend_irecv(operations)  # NCCL's stream keeps the order
 
     def all_gather(self, local: Tensor, step: str) -> tuple[Tensor, Pending]:
         """Start gathering tensors of one shape: return [world, *local.shape], whole once ``wait`` returns.

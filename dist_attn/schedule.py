@@ -205,8 +205,14 @@ def routed(mask: Mask, layout: Layout, mesh: tuple[int, ...], length: int, kv_la
 
 
 def coupled_area(made: Schedule) -> int:
-    """Return the pairs in which the last rank ends where transfers take no time, but ranks wait for each other."""
-    both = Transfers.join([made.keys(0), made.gradients(0)])
+    """Return the pairs in which the last rank is done, where ranks wait for each other and for what is on its way.
+
+    A forward pass with the gradients' way behind it. Links are such that what the busiest rank receives, one piece
+    after the other, takes half as long as its computing: what hides that suits links that matter.
+    """
+    both = Transfers.join([made.keys(1), made.gradients(1)])
+    received = np.bincount(both.target, both.bytes, made.world).max(initial=1.0)
+    taken = (both.bytes * (made.areas.sum(0).max() / received / 2)).astype(np.int64)
     order = np.argsort(both.arrive, kind="stable")
     edges = np.searchsorted(both.arrive[order], np.arange(made.rounds + 1))
     starts = np.zeros((made.rounds, made.world), dtype=np.int64)
@@ -214,9 +220,9 @@ def coupled_area(made: Schedule) -> int:
     for number in range(made.rounds):
         came = order[edges[number] : edges[number + 1]]
         source, target, depart = both.source[came], both.target[came], both.depart[came]
-        posted = np.maximum(starts[depart, source], starts[depart, target])
-        np.maximum.at(done, source, posted)
-        np.maximum.at(done, target, posted)
+        here = np.maximum(starts[depart, source], starts[depart, target]) + taken[came]
+        np.maximum.at(done, source, here)
+        np.maximum.at(done, target, here)
         starts[number] = done
         if number < len(made.areas):
             done = done + made.areas[number]

@@ -32,15 +32,16 @@ def test_ranks_wait_for_each_other_less(layout: Layout) -> None:
     busiest = paced.areas.sum(0).max()
     assert busiest == ring.areas.sum(0).max()
     lost, lost_on_the_ring = (coupled_area(each) / busiest - 1 for each in (paced, ring))
-    assert lost <= 0.15
+    assert lost <= 0.2
     assert lost_on_the_ring > max(0.05, 2 * lost)
 
 
 def test_even_work_goes_round_the_ring() -> None:
-    """One long document among short ones is the same for all: neighbours spare the links between nodes."""
-    for mask in (Causal() & Documents([0, LENGTH]), Causal() & Documents([*range(0, LENGTH, 100), LENGTH])):
-        ring, _ = both(mask, ZigZag())
-        assert schedule(mask, ZigZag(), WORLD, LENGTH).columns.table.tolist() == ring.columns.table.tolist()
+    """Neighbours spare the links between nodes, so pieces go straight only where ranks would wait."""
+    for mask, layout in ((Causal() & Documents([0, LENGTH]), ZigZag()), (PACKED, Contiguous())):
+        ring, paced = both(mask, layout)
+        assert ring.columns.table.tolist() != paced.columns.table.tolist()
+        assert schedule(mask, layout, WORLD, LENGTH).columns.table.tolist() == ring.columns.table.tolist()
 
 
 @pytest.mark.parametrize("shares", [1, 2, 4])
