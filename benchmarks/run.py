@@ -17,16 +17,7 @@ NAMES = ("ring_cpu", "ring_peers", "cpu_attention", "block_ranges", "balance", "
 def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     draw = {"exchange": ["--draw", "docs/exchange.png"], "overlap": ["--draw", "docs/overlap.png"]}
-    for name in (
-        "ring_cpu",
-        "ring_peers",
-        "cpu_attention",
-        "block_ranges",
-        "balance",
-        "exchange",
-        "overlap",
-        "demo_ranks",
-    ):
+    for name in NAMES:
         if name == "overlap" and (reason := hosts.missing()):
             print(f"benchmark {name}: left out: {reason}", flush=True)
             continue

@@ -54,6 +54,14 @@ def test_what_leaves_together_shares_the_link_and_directions_do_not() -> None:
     assert seconds(ring, [[0, 0, 0]] * 2, costs(Link(0.5, 10.0, duplex=False))) == 10.5
 
 
+def test_what_is_needed_sooner_goes_first() -> None:
+    """Batches of one departure run in the order in which they are needed, and those of one arrival together."""
+    rows = [(0, 2, 0, 2, 100), (0, 1, 0, 1, 100), (0, 2, 0, 3, 100)]
+    found = predict(Transfers.of(rows), np.zeros((3, 4), dtype=np.int64), 2, costs(), backward=False)
+    assert found.starts[1].tolist() == [10.5, 10.5, 0, 0]
+    assert found.starts[2].tolist() == [30.5, 10.5, 30.5, 30.5]
+
+
 def test_a_link_is_busy_until_what_left_before_has_gone() -> None:
     rows = [(0, 3, 0, 1, 100), (1, 2, 0, 1, 100)]
     assert seconds(rows, [[0, 0]] * 4, costs()) == 20.5

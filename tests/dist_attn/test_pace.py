@@ -36,6 +36,14 @@ def test_ranks_wait_for_each_other_less(layout: Layout) -> None:
     assert lost_on_the_ring > max(0.05, 2 * lost)
 
 
+def test_pieces_on_their_way_take_time() -> None:
+    """Step by step nobody would wait for ranks here, but for pieces that are sent one short step ahead."""
+    mask = Causal() & Documents([0, 2474, 3688, 5042, 5220, 16384])
+    ring, paced = routed(mask, Balanced(mask), (4,), 16384, Balanced(mask))
+    chosen = schedule(mask, Balanced(mask), 4, 16384)
+    assert chosen.columns.table.tolist() == paced.columns.table.tolist() != ring.columns.table.tolist()
+
+
 def test_even_work_goes_round_the_ring() -> None:
     """Neighbours spare the links between nodes, so pieces go straight only where ranks would wait."""
     for mask, layout in ((Causal() & Documents([0, LENGTH]), ZigZag()), (PACKED, Contiguous())):
