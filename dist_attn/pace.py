@@ -49,9 +49,9 @@ def _slots(own: Integers, target: Integers, areas: Integers) -> Integers:
     world = len(own)
     whole = own.copy()
     np.add.at(whole, target, areas)
-    slot = max(int(whole.max(initial=0)) / max(SLOTS, 2 * world), 1.0)
     before, first = _before(areas), np.searchsorted(target, target)
-    return np.maximum(1, ((own[target] + before[:-1] - before[first]) / slot).astype(np.int64))
+    done = own[target] + before[:-1] - before[first]
+    return np.maximum(1, done * max(SLOTS, 2 * world) // max(int(whole.max(initial=0)), 1))
 
 
 def _departures(target: Integers, step: Integers, rows: Integers, window: int) -> Integers:
