@@ -75,20 +75,20 @@ class _Batch:
         self._works: deque[dist.Work] = deque()
         self._lock = Lock()
         self.started = Event()
-        self.fault: RuntimeError | None = None
+        self.fault: Exception | None = None
         self.failed = 0  # the first operation that did not end
 
     @property
     def ended(self) -> bool:
         return self.started.is_set() and not self._works
 
-    def start(self, fault: RuntimeError | None = None) -> None:
+    def start(self, fault: Exception | None = None) -> None:
         """Start all operations, or none after a fault: their peers may be where it happened."""
         self.fault = fault
         if fault is None:
             try:
                 self._works = deque(dist.batch_isend_irecv(self._operations))
-            except RuntimeError as error:
+            except Exception as error:  # raised by who waits: in the thread nobody would see it
                 self.fault = error
         self.started.set()
 
@@ -98,7 +98,7 @@ class _Batch:
             while self._works:
                 try:
                     self._works[0].wait()
-                except RuntimeError as error:
+                except Exception as error:
                     self.fault, self.failed = error, len(self._operations) - len(self._works)
                     self._works.clear()
                 else:
