@@ -1,9 +1,10 @@
-"""Moving pieces along a rank's steps: keys and values ahead of the computation, their gradients one round behind it."""
+"""Moving pieces along a rank's steps: keys and values ahead of the computation, their gradients behind it."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
@@ -77,19 +78,16 @@ class Courier:
     def walk(self, steps: tuple[Step, ...]) -> Iterable[tuple[Step, list[Landed]]]:
         """Yield each step with the keys to compute on."""
         for step in steps:
-            for number in sorted(self.flying):
-                if number <= step.number:
-                    for pending in self.flying.pop(number):
-                        pending.wait()
+            for _ in ended(self.flying, step.number):
+                pass  # its keys are in ``coming``
             self.here += [(each, self.coming.pop(_key(each))) for each in step.arrivals]
             self._post(step)
             landed = [Landed(step.own, self.k, self.v)] if step.own else []
             landed += [Landed(a, m.first, m.second) for a, m in self.here if a.step == step.number]
             yield step, landed
             self.here = [(arrival, message) for arrival, message in self.here if arrival.until > step.number]
-        for late in self.flying.values():  # what this rank sent for others' last steps
-            for pending in late:
-                pending.wait()
+        for _ in ended(self.flying, math.inf):
+            pass  # what this rank sent for others' last steps
 
     def _post(self, step: Step) -> None:
         """Start what leaves at this step, a batch for each step that it arrives for."""
@@ -166,28 +164,24 @@ class Returns:
         for number in sorted({each.step for each in (*step.gradients, *step.returns)}):
             assert self.channels is not None, "a plan with messages needs a group"
             sends = [(each.peer, self._pack(each.hops)) for each in step.gradients if each.step == number]
-            came = [each for each in step.returns if each.step == number]
-            messages = [self._message(each.hops, self.wire) for each in came]
-            receives = [(each.peer, message) for each, message in zip(came, messages, strict=True)]
-            self.coming[number] += [(each.hops, message) for each, message in zip(came, messages, strict=True)]
+            came = [(each, self._message(each.hops, self.wire)) for each in step.returns if each.step == number]
+            receives = [(each.peer, message) for each, message in came]
+            self.coming[number] += [(each.hops, message) for each, message in came]
             self.flying[number] += self.channels.post(self.base | number, sends, receives)
 
     def finish(self) -> None:
         """Wait for all that is left."""
-        self._collect(max(self.flying, default=0))
+        self._collect(math.inf)
 
     def _message(self, hops: tuple[Hop, ...], dtype: torch.dtype) -> Message:
         assert self.channels is not None
         return self.channels.flat.message(like(self.dk, rows_in(hops), dtype), self.dk.device, note_of(hops))
 
-    def _collect(self, last: int) -> None:
+    def _collect(self, last: float) -> None:
         """Wait for what is added by step ``last``, and add it in the plan's order."""
-        for number in sorted(self.flying):
-            if number <= last:
-                for pending in self.flying.pop(number):
-                    pending.wait()
-                for hops, message in self.coming.pop(number):
-                    self._add(hops, message)
+        for number in ended(self.flying, last):
+            for hops, message in self.coming.pop(number):
+                self._add(hops, message)
 
     def _add(self, hops: tuple[Hop, ...], message: Message) -> None:
         for hop, rows in hop_rows(hops):
@@ -209,6 +203,15 @@ class Returns:
                 for mine, part in zip(packed.tensors, message.tensors, strict=True):
                     rows_of(mine, target).copy_(rows_of(part, rows))
         return packed
+
+
+def ended(flying: dict[int, list[Pending]], last: float) -> Iterator[int]:
+    """Wait for what flies, step by step up to ``last``; yield each step whose transfers have ended."""
+    for number in sorted(flying):
+        if number <= last:
+            for pending in flying.pop(number):
+                pending.wait()
+            yield number
 
 
 class LocalRows:

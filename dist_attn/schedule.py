@@ -4,7 +4,7 @@ The one idea: every key span is cut where the set of ranks that need it changes.
 ranks (``routes``), so that a rank receives the keys one of its queries sees and it does not hold: the lower bound.
 Gradients of a piece move as often as the piece did, and end at its owner.
 
-Causal zigzag falls out: first halves go all the way round clockwise, second halves only down to rank 0 the other way.
+Causal zigzag falls out: first halves go all the way round, second halves from rank 0 to the one before their owner.
 """
 
 from __future__ import annotations
@@ -207,8 +207,9 @@ def routed(mask: Mask, layout: Layout, mesh: tuple[int, ...], length: int, kv_la
 def coupled_area(made: Schedule) -> int:
     """Return the pairs in which the last rank is done, where ranks wait for each other and for what is on its way.
 
-    A forward pass with the gradients' way behind it. Links are such that what the busiest rank receives, one piece
-    after the other, takes half as long as its computing: what hides that suits links that matter.
+    ``cost.predict`` does it for given links, in far more time. Here a forward pass has the gradients' way behind it,
+    and what the busiest rank receives, one piece after the other, takes half as long as its computing: what hides that
+    suits links that matter.
     """
     both = Transfers.join([made.keys(1), made.gradients(1)])
     received = np.bincount(both.target, both.bytes, made.world).max(initial=1.0)

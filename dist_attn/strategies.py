@@ -51,7 +51,7 @@ def _needs_mesh(problem: Problem) -> str | None:
 
 
 def _two_messages(problem: Problem) -> int:
-    """The ring holds the keys of this step and of the next."""
+    """The ring holds the keys of this step and of the next (more where documents are paced: ``pace.KEY_SHARES``)."""
     share = -(-problem.length // problem.world)
     return 4 * problem.batch * share * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
 

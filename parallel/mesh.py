@@ -6,7 +6,7 @@ axes: tensor parallel ranks, then Ulysses, exchange most and stay inside a node;
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 import numpy as np
@@ -50,7 +50,7 @@ class Sizes:
         Raises:
             ValueError: in one line with the arithmetic, if they do not make up ``world`` ranks.
         """
-        sizes = {each.name: getattr(self, each.name) for each in fields(self)}
+        sizes = asdict(self)
         for name, size in sizes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"{name}: {size} is neither a number of ranks nor -1 (what the world leaves)")
@@ -115,15 +115,13 @@ class Sizes:
 
     def __str__(self) -> str:
         """Name the axes that have more than one rank."""
-        named = {each.name: getattr(self, each.name) for each in fields(self)}
-        return " x ".join(f"{name} {size}" for name, size in named.items() if size != 1) or "one rank"
+        return " x ".join(f"{name} {size}" for name, size in asdict(self).items() if size != 1) or "one rank"
 
 
 @dataclass(frozen=True)
 class Mesh:
     """The groups of this process: ``mesh["tp"]`` is an axis, ``mesh["dp_cp"]`` several together, each a 1-D mesh."""
 
-    sizes: Sizes
     whole: DeviceMesh  # all of AXES
     together: dict[str, DeviceMesh]
 
@@ -147,4 +145,4 @@ def mesh_of(sizes: Sizes, device_type: str) -> Mesh:
     """
     whole = init_device_mesh(device_type, sizes.shape, mesh_dim_names=AXES)
     # No public name yet (torch 2.13); FSDP2 with context parallelism is built on it.
-    return Mesh(sizes, whole, {name: whole[axes]._flatten(name) for name, axes in TOGETHER.items()})
+    return Mesh(whole, {name: whole[axes]._flatten(name) for name, axes in TOGETHER.items()})
