@@ -1,12 +1,50 @@
-"""Gradients of parameters that every rank holds: summed over the ranks that share the work."""
+"""Data parallelism: parameters sharded with FSDP2, or held by every rank; gradients are summed, never averaged.
+
+A rank that holds a shard of the sequence is a data parallel rank with other tokens: both reduce together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+
+def shard_parameters(
+    root: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> None:
+    """Shard the parameters of ``root`` over ``mesh`` with FSDP2, in place: each of ``layers`` a unit, the rest another.
+
+    Gradients are summed in fp32 over all of ``mesh``.
+
+    Args:
+        root: the module that is called; parameters may be DTensors of tensor parallelism.
+        mesh: 1-D, or 2-D with replicas first.
+        dtype: what parameters are gathered and computed in; None: as they are.
+        offload: keep parameters, gradients and optimizer state in CPU memory.
+    """
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
+    }
+    for layer in layers:
+        fully_shard(layer, **settings)
+    fully_shard(root, **settings)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # NCCL's premultiplied sum is not gloo's
 
 
 def sum_gradients(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 
 import numpy as np
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Outermost first; cp, as users know it, is ring x ulysses.
@@ -22,6 +23,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "dp_shard_cp": ("dp_shard", "ring", "ulysses"),
     "dp_cp": ("dp_replicate", "dp_shard", "ring", "ulysses"),
 }
+STORAGE: tuple[str, ...] = ("pp", "dp_replicate", "dp_shard_cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,31 @@ class Sizes:
 class Mesh:
     """The groups of this process: ``mesh["tp"]`` is an axis, ``mesh["dp_cp"]`` several together, each a 1-D mesh."""
 
+    sizes: Sizes
     whole: DeviceMesh  # all of AXES
+    storage: DeviceMesh  # the same ranks by who holds which parameters: STORAGE
     together: dict[str, DeviceMesh]
 
     def __getitem__(self, name: str) -> DeviceMesh:
         """Return the ranks along an axis, or several together, that this process is one of."""
-        return self.together[name] if name in self.together else self.whole[name]
+        if name in self.together:
+            return self.together[name]
+        return (self.storage if name in STORAGE else self.whole)[name]
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """Return the process group along an axis, or several together; None where it is this process alone."""
+        mesh = self[name]
+        return mesh.get_group() if mesh.size() > 1 else None
+
+    @property
+    def shards(self) -> DeviceMesh:
+        """Over what FSDP shards: 1-D, or with replicas 2-D (replicas, shards)."""
+        return self.storage["dp_replicate", "dp_shard_cp"] if self.sizes.dp_replicate > 1 else self["dp_shard_cp"]
+
+    @property
+    def place(self) -> dict[str, int]:
+        """Where this process stands on each axis, and on those taken together."""
+        return self.sizes.place(dist.get_rank())
 
     @property
     def context(self) -> DeviceMesh:
@@ -144,5 +165,9 @@ def mesh_of(sizes: Sizes, device_type: str) -> Mesh:
         device_type: "cpu" or "cuda".
     """
     whole = init_device_mesh(device_type, sizes.shape, mesh_dim_names=AXES)
+    pp, replicas, *_, tp = sizes.shape
+    # A mesh of its own: parameters that are sharded both ways need one mesh that has both axes.
+    storage = init_device_mesh(device_type, (pp, replicas, sizes.dp_shard * sizes.cp, tp), mesh_dim_names=STORAGE)
     # No public name yet (torch 2.13); FSDP2 with context parallelism is built on it.
-    return Mesh(whole, {name: whole[axes]._flatten(name) for name, axes in TOGETHER.items()})
+    together = {name: whole[axes]._flatten(name) for name, axes in TOGETHER.items() if name not in STORAGE}
+    return Mesh(sizes, whole, storage, together)
