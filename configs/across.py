@@ -71,6 +71,47 @@ def _passkey_fits(lengths: list[int], length: int) -> str | None:
     return f"{', '.join(map(str, long))} must be <= data.seq_length={length}" if long else None
 
 
+def _one_free(cp: int, shard: int | None, replicate: int, tp: int, pp: int) -> str | None:
+    names = {"cp": cp, "dp_shard": shard, "dp_replicate": replicate, "tp": tp, "pp": pp}
+    free = [name for name, size in names.items() if size == -1]
+    return f"-1 for {', '.join(free)}; only one size may be left to the world" if len(free) > 1 else None
+
+
+def _rings(ulysses: int, cp: int) -> str | None:
+    return f"{ulysses} does not divide cp={cp} into rings of equal length" if cp > 0 and cp % ulysses else None
+
+
+def _hybrid(strategy: str, ulysses: int) -> str | None:
+    if strategy in ("double_ring", "ulysses_ring") and ulysses == 1:
+        return f"{strategy} needs groups of close ranks; set parallel.ulysses to more than 1"
+    return None
+
+
+def _zero(engine: str, pp: int, tp: int) -> str | None:
+    if engine == "deepspeed" and (pp, tp) != (1, 1):
+        which = f"pp={pp}" if pp != 1 else f"tp={tp}"
+        return f"deepspeed does not compose with {which}; use engine=fsdp, or pp=1 and tp=1 with more dp_shard or cp"
+    return None
+
+
+def _zero_copies(engine: str, replicate: int) -> str | None:
+    if engine == "deepspeed" and replicate != 1:
+        return f"deepspeed shards over all data parallel ranks, dp_replicate={replicate} would not; give dp_shard"
+    return None
+
+
+def _zero_config(config: object, engine: str) -> str | None:
+    if config is not None and engine != "deepspeed":
+        return f"given, but parallel.engine={engine}; set parallel.engine=deepspeed, or leave it out"
+    return None
+
+
+def _zero_offload(offload: bool, engine: str) -> str | None:
+    if offload and engine == "deepspeed":
+        return "true is FSDP2's; DeepSpeed's is zero_optimization.offload_optimizer in parallel.deepspeed"
+    return None
+
+
 ACROSS: tuple[tuple[Any, ...], ...] = (
     (_one_model, "model.path", "model.config"),
     (_typed, "model.config"),
@@ -80,5 +121,12 @@ ACROSS: tuple[tuple[Any, ...], ...] = (
     (_every, "eval.every", "eval.path"),
     (_before, "eval.before", "eval.path"),
     (_passkeys, "eval.passkey_lengths", "eval.path"),
+    (_one_free, "parallel.cp", "parallel.dp_shard", "parallel.dp_replicate", "parallel.tp", "parallel.pp"),
+    (_rings, "parallel.ulysses", "parallel.cp"),
+    (_hybrid, "attention.strategy", "parallel.ulysses"),
+    (_zero, "parallel.engine", "parallel.pp", "parallel.tp"),
+    (_zero_copies, "parallel.engine", "parallel.dp_replicate"),
+    (_zero_config, "parallel.deepspeed", "parallel.engine"),
+    (_zero_offload, "parallel.cpu_offload", "parallel.engine"),
     (_passkey_fits, "eval.passkey_lengths", "data.seq_length"),
 )

@@ -54,6 +54,19 @@ def off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _axis(value: object) -> object:
+    """Refuse what is neither a number of ranks nor -1, in one line."""
+    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+        raise PydanticCustomError("axis", "must be a number of ranks, or -1 for what the world leaves")
+    return value
+
+
+def recompute(value: object) -> object:
+    """Read true and false, which the setting once was, and YAML's null-like none."""
+    return {True: "selective", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+Axis = Annotated[int, BeforeValidator(_axis)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Float = Annotated[FiniteFloat, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from ringspan.configs.across import across
 from ringspan.configs.fields import (
+    Axis,
     Count,
     CountOrZero,
     Float,
@@ -20,6 +21,7 @@ from ringspan.configs.fields import (
     Text,
     TextOrList,
     off,
+    recompute,
 )
 
 
@@ -96,17 +98,25 @@ class Train(Section):
     """Seed of random weights, of the order of documents, of dropout."""
     output_dir: Text
     """The run folder: config, metrics, checkpoints, export, report."""
-    activation_checkpointing: bool = False
-    """Keep a layer's input and its attention's output, compute the rest again in the backward."""
+    activation_checkpointing: Annotated[Literal["none", "full", "selective", "offload"], BeforeValidator(recompute)] = (
+        "none"
+    )
+    """What the backward computes anew; full: layers; selective: all but attention; offload: so, kept on the host."""
+    mlp_tile: Size | None = None
+    """Tokens that go through a layer's MLP at once; default: all of a rank's."""
     loss_chunk: Size = 1024
     """Tokens whose logits exist at once."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step whose loss or gradient is not finite does; skipped steps are counted."""
 
 
 class Attention(Section):
     """How attention is computed over the ranks."""
 
-    strategy: Literal["auto", "ring", "all_gather", "ulysses", "dist_attention"] = "auto"
-    """ring: keys travel; all_gather: all at once; ulysses: heads against tokens; dist_attention: queries travel."""
+    strategy: Literal["auto", "ring", "all_gather", "ulysses", "dist_attention", "double_ring", "ulysses_ring"] = "auto"
+    """What travels: keys (ring), all keys (all_gather), heads (ulysses), queries (dist_attention); or a hybrid."""
     layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
     """Which tokens a rank holds; zigzag: even causal work; balanced: even work of each batch's documents and layers."""
     mask: Text | None = None
@@ -144,8 +154,28 @@ class Lora(Section):
 class Parallel(Section):
     """How many ranks do what."""
 
-    cp: Count = 1
+    cp: Axis = 1
     """Ranks that share one sequence."""
+    ulysses: Count = 1
+    """How many of cp are close together and exchange heads for tokens; the ring is between these groups."""
+    dp_shard: Axis | None = None
+    """Groups with sequences of their own, which share parameters; default: 1, under other launchers -1 (the rest)."""
+    dp_replicate: Axis = 1
+    """Copies of the sharded model, each with sequences of its own."""
+    tp: Axis = 1
+    """Ranks that share each layer."""
+    pp: Axis = 1
+    """Pipeline stages; micro-batches are train.gradient_accumulation_steps."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """In which order pipeline stages take micro-batches."""
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """Who shards parameters and optimizer state: FSDP2, or DeepSpeed ZeRO."""
+    deepspeed: Text | dict[str, JsonValue] | None = None
+    """DeepSpeed's config, a JSON file or the block itself; auto is filled in. Default: ZeRO stage 2."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which dtype FSDP2 gathers parameters to compute with; gradients are summed in float32 all the same."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory (FSDP2)."""
     timeout_s: Count = 600
     """Seconds after which a silent rank counts as lost."""
 
@@ -157,8 +187,10 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
     """Checkpoints kept; older ones are deleted."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the latest checkpoint in the run folder, if there is one."""
+    resume: Literal["auto", "never", "fallback"] = "auto"
+    """auto: go on from the latest checkpoint, if there is one; fallback: where it is damaged, the newest whole one."""
+    background: bool = True
+    """Write checkpoints while training goes on; false: stand still meanwhile."""
 
 
 class Track(Section):

@@ -129,6 +129,8 @@ def plan(
     keep: bool = False,
     sinks: bool = False,
     costs: Costs | None = None,
+    first_kv_head: int = 0,
+    total_kv_heads: int | None = None,
 ) -> Plan:
     """Plan attention over a sequence of ``length`` tokens on ``world`` ranks, without a process group.
 
@@ -143,6 +145,7 @@ def plan(
         sinks: with learned sinks.
         costs: what "auto" reckons with; None: typical CUDA nodes.
         keep: (out, lse) are kept under activation checkpointing: the backward starts from this rank's rows alone.
+        first_kv_head, total_kv_heads: as in ``attention``; heads and kv_heads are then a tensor parallel rank's.
 
     Raises:
         ValueError: names the argument, its value and the rule.
@@ -156,9 +159,9 @@ def plan(
     if min(mesh) < 1 or len(mesh) > 2:
         raise ValueError(f"world: {world} must be at least 1, or (nodes, ranks in a node)")
     batch = row_count(mask) or 1
-    parts = parts_of(mask, batch, kv_heads)
+    parts = parts_of(mask, batch, kv_heads, first_kv_head, total_kv_heads or first_kv_head + kv_heads)
     for part in parts:
         part.mask.check(length)
     shape = (batch, length, layout, kv_layout or layout, mesh, heads, kv_heads, head_dim)
-    problem = Problem(parts, *shape, dtype, gradient_dtype, keep, sinks)
+    problem = Problem(parts, *shape, dtype, gradient_dtype, keep, sinks, first_kv_head, total_kv_heads)
     return Plan(problem, *choose(strategy, problem, costs or typical("cuda")))

@@ -6,8 +6,7 @@ digit is the most likely next token given the true ones before it, which is when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,42 +15,56 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.finetune.data import documents, encode_document
-from ringspan.finetune.loss import token_losses
-from ringspan.finetune.model import Trained
 from ringspan.finetune.recall import passkey
 from ringspan.parallel.context import IGNORE, SequenceContext
 from ringspan.parallel.faults import Fault
+from ringspan.parallel.scorer import Runner
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What every evaluation needs: the model, the context it runs in, and how it computes.
+    """What every evaluation needs: the model on its ranks, and how examples are shared out.
 
-    ``autocast`` returns the context manager of the compute dtype; ``chunk`` is as in ``finetune.loss``.
+    Args:
+        runner: runs the model.
+        context: shares one example over the ranks of a sequence.
+        group: all ranks, over which results are summed; None for one process.
+        share: (which, of how many) groups of ranks that take examples in turn.
+        counts: whether this rank's results count; of tensor parallel ranks, who find the same, one does.
     """
 
-    trained: Trained
+    runner: Runner
     context: SequenceContext
     device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]]
-    chunk: int
+    group: dist.ProcessGroup | None = None
+    share: tuple[int, int] = (0, 1)
+    counts: bool = True
 
-    def hidden(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return this rank's (hidden states, shifted labels, position ids) of one document, ids and labels [1, S]."""
+    def losses(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return this rank's (losses, hits, scored, position ids) of one document, ids and labels [1, S], each [1, L].
+
+        None where another rank's results count.
+        """
         local = self.context.shard({"input_ids": ids.to(self.device), "labels": labels.to(self.device)})
-        targets = local.pop("shift_labels")
-        was_training = self.trained.model.training
-        self.trained.model.eval()
-        with torch.no_grad(), self.autocast():
-            states = self.trained.decoder(**local, **self.context.kwargs()).last_hidden_state
-        self.trained.model.train(was_training)
-        return states, targets, local["position_ids"]
+        found = self.runner.losses({**local, **self.context.kwargs()})
+        if found is None or not self.counts:
+            return None
+        return *found, local["shift_labels"] != IGNORE, local["position_ids"]
 
     def total(self, values: Tensor) -> Tensor:
         """Sum fp64 values over the ranks."""
-        if self.context.group is not None:
-            dist.all_reduce(values, group=self.context.group)
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
         return values
+
+    def turns(self, examples: int) -> Iterator[tuple[int, bool]]:
+        """Yield the numbers of the examples of this rank's group, and whether they count.
+
+        All groups take equally many, for all ranks gather sharded parameters together; one too many does not count.
+        """
+        mine, groups = self.share
+        for first in range(0, examples, groups):
+            yield (first + mine, True) if first + mine < examples else (first, False)
 
 
 def held_out(
@@ -95,22 +108,23 @@ def edges_up_to(length: int) -> list[int]:
     return [*edges, length]
 
 
-def loss_by_position(judge: Judge, tokens: Iterable[list[int]], edges: Sequence[int]) -> tuple[list[float], list[int]]:
+def loss_by_position(judge: Judge, tokens: Sequence[list[int]], edges: Sequence[int]) -> tuple[list[float], list[int]]:
     """Return (sum of losses in nats, scored tokens) per bucket of positions ``[edges[i], edges[i + 1])``."""
     buckets = len(edges) - 1
     totals = torch.zeros(2, buckets, dtype=torch.float64, device=judge.device)
     inner = torch.tensor(edges[1:-1], device=judge.device)
-    for document in tokens:
+    for number, counted in judge.turns(len(tokens)):
+        document = tokens[number]
         ids = _at_least(document, judge.context.world)
         labels = ids.clone()
         labels[:, len(document) :] = IGNORE
-        hidden, targets, positions = judge.hidden(ids, labels)
-        with judge.autocast():
-            losses = token_losses(hidden, judge.trained.head, targets, chunk=judge.chunk)
-        where = torch.bucketize(positions.flatten(), inner, right=True)
-        scored = (targets.flatten() != IGNORE).double()
-        totals[0].index_add_(0, where, losses.flatten().double() * scored)
-        totals[1].index_add_(0, where, scored)
+        found = judge.losses(ids, labels)
+        if found is None or not counted:
+            continue
+        losses, _, scored, positions = (each.flatten() for each in found)
+        where = torch.bucketize(positions, inner, right=True)
+        totals[0].index_add_(0, where, losses.double() * scored)
+        totals[1].index_add_(0, where, scored.double())
     totals = judge.total(totals).cpu()
     return totals[0].tolist(), [int(n) for n in totals[1].tolist()]
 
@@ -137,25 +151,27 @@ def passkey_accuracy(
         for length in lengths:
             progress(f"pass key at depth {depth:.0%} of {length} tokens")
             cell = f"{length}/{depth}".encode()
-            found = [
-                _found(judge, passkey(length, depth, seed + 1000 * trial + sum(cell), encode, filler))
-                for trial in range(trials)
+            examples = [
+                passkey(length, depth, seed + 1000 * trial + sum(cell), encode, filler) for trial in range(trials)
             ]
-            row.append(sum(found) / trials)
+            row.append(_found(judge, examples) / trials)
         table.append(row)
     return table
 
 
-def _found(judge: Judge, example: Any) -> bool:
-    ids = torch.tensor(example.tokens)[None]
-    labels = torch.full_like(ids, IGNORE)
-    labels[:, example.answer] = ids[:, example.answer]
-    hidden, targets, _ = judge.hidden(ids, labels)
-    asked = targets != IGNORE
-    with torch.no_grad(), judge.autocast():
-        guesses = judge.trained.head(hidden[asked]).argmax(-1)
-    right = judge.total((guesses == targets[asked]).sum().double())
-    return int(right) == example.answer.stop - example.answer.start
+def _found(judge: Judge, examples: Sequence[Any]) -> int:
+    """Return how many pass keys are found: where no digit is missed on any rank."""
+    misses = torch.zeros(len(examples), dtype=torch.float64, device=judge.device)
+    for number, counted in judge.turns(len(examples)):
+        example = examples[number]
+        ids = torch.tensor(example.tokens)[None]
+        labels = torch.full_like(ids, IGNORE)
+        labels[:, example.answer] = ids[:, example.answer]
+        found = judge.losses(ids, labels)
+        if found is not None and counted:
+            _, hits, scored, _ = found
+            misses[number] += (scored & ~hits).sum()
+    return int((judge.total(misses) == 0).sum())
 
 
 def _at_least(tokens: list[int], world: int) -> Tensor:

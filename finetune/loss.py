@@ -45,3 +45,19 @@ def token_losses(hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int,
 
 def _sum(hidden: Tensor, head: nn.Module, target: Tensor, ignore: int, wide: torch.dtype) -> Tensor:
     return F.cross_entropy(head(hidden).to(wide), target, ignore_index=ignore, reduction="sum")
+
+
+class ChunkedLoss:
+    """Scores hidden states by chunks of tokens; fulfils ``parallel.scorer.Loss``."""
+
+    def __init__(self, chunk: int, group=None) -> None:
+        self._chunk = chunk
+
+    def total(self, hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden, head, labels, chunk=self._chunk)
+
+    def each(self, hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        losses = token_losses(hidden, head, labels, chunk=self._chunk)
+        hits = torch.cat([head(p).argmax(-1) == t for p, t in zip(flat.split(self._chunk), targets.split(self._chunk), strict=True)])
+        return losses, hits.view_as(labels)

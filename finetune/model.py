@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -33,22 +34,21 @@ class Lora:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and the two parts the loop calls: the decoder gives hidden states, the head turns them into logits."""
+    """A model, and what it was before any mesh cut it: parameters by name, with their shape, and whether trained."""
 
     model: nn.Module
     base: PreTrainedModel
-    decoder: nn.Module
-    head: nn.Module
     rope: rope_scaling.Rope | None
+    whole: Mapping[str, tuple[tuple[int, ...], bool]]
 
     def counts(self) -> tuple[int, int]:
         """Return (all parameters, trainable ones)."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        sizes = [(prod(shape), trainable) for shape, trainable in self.whole.values()]
         return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint must share with the model it is loaded into."""
-        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        shapes = {name: list(shape) for name, (shape, _) in self.whole.items()}
         digest = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()[:16]
         parameters = dict(getattr(self.base.config, "rope_parameters", None) or {})
         return {
@@ -73,6 +73,12 @@ def heads_of(hf_config: Any) -> Heads:
     heads = int(hf_config.num_attention_heads)
     kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
     return Heads(heads, kv_heads, int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads))
+
+
+def local_heads(hf_config: Any, tp: int) -> Heads:
+    """Return the heads that one of ``tp`` tensor parallel ranks has."""
+    whole = heads_of(hf_config)
+    return Heads(whole.heads // tp, whole.kv_heads // tp, whole.head_dim)
 
 
 def read_config(path: str | None, fields: Mapping[str, Any] | None, made_by: str | None = None) -> Any:
@@ -116,7 +122,6 @@ def build(
     path: str | None,
     rope: rope_scaling.Rope | None = None,
     lora: Lora | None = None,
-    checkpointing: bool = False,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Trained:
@@ -124,7 +129,6 @@ def build(
 
     Args:
         config: from ``read_config``; changed in place by ``rope``.
-        checkpointing: recompute each decoder layer in the backward pass (attention's results are kept by the context).
 
     Raises:
         Fault: if the weights cannot be read, the rope scaling is not live, or logits are not head(hidden states).
@@ -153,12 +157,8 @@ def build(
     _check_head(base)
     if device is not None:
         base.to(device)  # pyright: ignore[reportArgumentType]
-    if checkpointing:
-        _enable_checkpointing(base)
     model: nn.Module = base if lora is None else _adapt(base, lora, seed)
-    head = base.get_output_embeddings()  # after LoRA, which may have put its own module there
-    assert head is not None, "checked above"
-    return Trained(model, base, base.base_model, head, rope)
+    return Trained(model, base, rope, {n: (tuple(p.shape), p.requires_grad) for n, p in model.named_parameters()})
 
 
 def _adapt(base: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -175,13 +175,6 @@ def _adapt(base: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         return get_peft_model(base, settings)  # pyright: ignore[reportReturnType]
     except ValueError as error:
         raise Fault(f"lora.target_modules: {_first_line(error)}") from error
-
-
-def _enable_checkpointing(base: PreTrainedModel) -> None:
-    if not base.supports_gradient_checkpointing:
-        raise Fault(f"train.activation_checkpointing: {type(base).__name__} does not support it; set it to false")
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 @torch.no_grad()
@@ -202,11 +195,6 @@ def _check_head(base: PreTrainedModel) -> None:
             "cannot follow; this model type is not supported"
         )
     base.train()
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trainable parameters by name: what a checkpoint has to hold beside the original model."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _is_local(path: str) -> bool:

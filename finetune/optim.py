@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 
@@ -16,12 +18,20 @@ def build_optimizer(
 
     The learning rate is set before each step from ``rate_at``: a function of the step has no state to save.
     """
-    trainable = [p for _, p in named if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
+    for _, parameter in named:
+        if parameter.requires_grad:
+            # Torch's fused updates of several parameters at once take those of one mesh.
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((parameter.dim() > 1, mesh), []).append(parameter)
+    return AdamW(
+        [
+            {"params": parameters, "weight_decay": weight_decay if matrix else 0.0}
+            for (matrix, _), parameters in groups.items()
+        ],
+        lr=0.0,
+        betas=betas,
+    )
 
 
 def rate_at(step: int, *, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +20,21 @@ from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
 from ringspan.finetune.evaluate import Judge
 from ringspan.finetune.files import find_files
-from ringspan.finetune.model import Lora, Trained, build, heads_of, read_config, read_tokenizer
+from ringspan.finetune.loss import ChunkedLoss
+from ringspan.finetune.model import Lora, Trained, build, heads_of, local_heads, read_config, read_tokenizer
+from ringspan.finetune.optim import build_optimizer
 from ringspan.finetune.track import Tracker
 from ringspan.launch.plan_inputs import checked_mask, gradient_dtype, layer_masks, layout_of, measured_costs
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
-from ringspan.parallel.faults import Fault
+from ringspan.parallel.engine import Engine, Sharded
+from ringspan.parallel.faults import Fault, together
+from ringspan.parallel.mesh import Sizes
+from ringspan.parallel.parallelize import Parallel, Staging, parallelize
+from ringspan.parallel.pipeline import check_pipeline
+from ringspan.parallel.recompute import keeps_attention
+from ringspan.parallel.scorer import Runner
+from ringspan.parallel.tensor import check_tensor
 
 
 def check_inputs(config: Config) -> None:
@@ -50,6 +56,7 @@ def check_inputs(config: Config) -> None:
     scaling(config, hf_config)
     if config.attention.mask is not None:
         checked_mask(config.attention.mask, heads_of(hf_config.get_text_config()).kv_heads, config.data.seq_length)
+    _check_mesh(config, hf_config)
     _check_strategy(config, hf_config)
     _costs(config)
     folder = Path(config.train.output_dir)
@@ -79,29 +86,65 @@ def scaling(config: Config, hf_config: Any) -> rope_scaling.Rope | None:
     return rope_scaling.work_out(hf_config, config.rope.type, target_length=target, factor=config.rope.factor)
 
 
+def sizes(config: Config, *, launched: bool) -> Sizes:
+    """Return the mesh's sizes; an unset dp_shard takes up the world under a launcher that says how large it is."""
+    parallel = config.parallel
+    given = (parallel.pp, parallel.dp_replicate, parallel.cp, parallel.tp)
+    shard = parallel.dp_shard if parallel.dp_shard is not None else (-1 if launched and -1 not in given else 1)
+    return Sizes(parallel.pp, parallel.dp_replicate, shard, parallel.cp, parallel.ulysses, parallel.tp)
+
+
+def _check_mesh(config: Config, hf_config: Any) -> None:
+    """Check that heads and layers divide as the mesh asks.
+
+    Raises:
+        Fault: if not.
+    """
+    hf, parallel = hf_config.get_text_config(), config.parallel
+    try:
+        if parallel.tp > 1:
+            check_tensor(hf, parallel.tp)
+        if parallel.pp > 1:
+            check_pipeline(
+                hf.num_hidden_layers,
+                parallel.pp,
+                parallel.schedule,
+                config.train.gradient_accumulation_steps,
+                config.train.activation_checkpointing,
+            )
+    except ValueError as error:
+        raise Fault(f"parallel.{error}") from error
+    if config.train.compile and not torch.cuda.is_available() and shutil.which("g++") is None:
+        raise Fault(
+            "train.compile: on the CPU torch compiles with g++, which is not installed; install it, or set false"
+        )
+
+
 def _check_strategy(config: Config, hf_config: Any) -> None:
     """Check that the layout can be made, and that the strategy serves so many ranks and heads.
 
     Raises:
         Fault: if not; whether it does is no matter of the mask.
     """
-    hf = hf_config.get_text_config()
+    hf, parallel, strategy = hf_config.get_text_config(), config.parallel, config.attention.strategy
+    if parallel.cp == -1:
+        return  # the context checks it, once the world is known
     try:
         plan(
             Causal(),
             make_layout(config, hf_config),
-            world=config.parallel.cp,
+            world=parallel.cp,
             length=config.data.seq_length,
-            **heads_of(hf)._asdict(),
+            **local_heads(hf, parallel.tp)._asdict(),
             dtype=getattr(torch, config.model.dtype),
-            strategy="ring" if config.attention.strategy == "auto" else config.attention.strategy,
+            strategy="ring" if strategy in ("auto", "double_ring", "ulysses_ring") else strategy,
         )
     except ValueError as error:
         raise Fault(f"attention.{error}") from error
 
 
 def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
-    """Build the model to train; ``scaled=False``: as it came, without RoPE scaling, LoRA or checkpointing."""
+    """Build the model to train; ``scaled=False``: as it came, without RoPE scaling or LoRA."""
     hf_config = read_config(config.model.path, config.model.config, config.model.made_by)
     lora = config.lora
     return build(
@@ -109,10 +152,48 @@ def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
         path=config.model.path,
         rope=scaling(config, hf_config) if scaled else None,
         lora=Lora(lora.r, lora.alpha, lora.dropout, lora.target_modules) if lora and scaled else None,
-        checkpointing=config.train.activation_checkpointing and scaled,
         seed=config.train.seed,
         device=place.device,
     )
+
+
+def make_parallel(config: Config, place: Place, trained: Trained, *, training: bool = True) -> Parallel:
+    """Put the model on the mesh; ``training=False``: only to be judged."""
+    train, layout = config.train, make_layout(config, trained.base.config)
+    loss = ChunkedLoss(train.loss_chunk, place.mesh.group("tp") if place.mesh is not None else None)
+    gather = config.parallel.gather_dtype
+    try:
+        return parallelize(
+            trained.model,
+            place.mesh,
+            loss=loss,
+            staging=Staging(
+                config.parallel.schedule,
+                train.gradient_accumulation_steps,
+                train.batch_size,
+                max(layout.share(rank, place.sizes.cp, config.data.seq_length) for rank in range(place.sizes.cp)),
+                config.data.seq_length,
+            ),
+            recompute=train.activation_checkpointing if training else "none",
+            mlp_tile=train.mlp_tile,
+            compile=train.compile and training,
+            autocast=torch.bfloat16 if config.model.dtype == "bfloat16" else None,
+            gather_dtype=torch.bfloat16 if gather == "bfloat16" else None,
+            offload=config.parallel.cpu_offload,
+        )
+    except ValueError as error:
+        raise Fault(str(error)) from error
+
+
+def make_engine(config: Config, place: Place, trained: Trained) -> Engine:
+    """Put the model on the mesh and give it an optimizer: what the loop trains."""
+    train = config.train
+    settings = {"betas": (train.adam_beta1, train.adam_beta2), "weight_decay": train.weight_decay}
+    if config.parallel.engine == "deepspeed":
+        return _zero(config, place, trained, settings)
+    parallel = make_parallel(config, place, trained)
+    optimizer = build_optimizer(parallel.named_parameters(), **settings)
+    return Sharded(parallel, optimizer, max_norm=train.max_grad_norm, group=place.group, device=place.device)
 
 
 def make_stream(config: Config, tokenizer: Any) -> SequenceStream:
@@ -148,14 +229,18 @@ def make_layout(config: Config, hf_config: Any) -> Layout:
 
 def make_context(config: Config, place: Place) -> SequenceContext:
     """Build the context that shares sequences over the ranks."""
+    hf_config = read_config(config.model.path, config.model.config, config.model.made_by)
+    heads, tp = heads_of(hf_config.get_text_config()), place.sizes.tp
     return SequenceContext(
-        place.group,
-        layout=make_layout(config, read_config(config.model.path, config.model.config, config.model.made_by)),
+        place.context,
+        layout=make_layout(config, hf_config),
         strategy=config.attention.strategy,
         mask=parse_mask(config.attention.mask) if config.attention.mask is not None else None,
-        keep_attention=config.train.activation_checkpointing,
+        keep_attention=keeps_attention(config.train.activation_checkpointing),
         gradient_dtype=gradient_dtype(config),
         costs=_costs(config),
+        first_kv_head=place.at("tp") * (heads.kv_heads // tp),
+        total_kv_heads=heads.kv_heads,
     )
 
 
@@ -169,16 +254,26 @@ def _costs(config: Config) -> Costs | None:
     return None if path is None else measured_costs(Path(path), "attention.costs")
 
 
-def make_judge(config: Config, trained: Trained, place: Place) -> Judge:
+def make_judge(config: Config, runner: Runner, place: Place) -> Judge:
     """Build what evaluations need, with a context of their own: their bytes are not the training's."""
-    return Judge(trained, make_context(config, place), place.device, autocast(config, place), config.train.loss_chunk)
+    context = make_context(config, place)
+    share = (place.at("dp"), place.dp)
+    return Judge(runner, context, place.device, place.group, share=share, counts=place.at("tp") == 0)
 
 
-def autocast(config: Config, place: Place) -> Callable[[], AbstractContextManager[Any]]:
-    """Return a maker of the compute dtype's context: bf16 by autocast over fp32 weights, or nothing."""
-    if config.model.dtype == "bfloat16":
-        return lambda: torch.autocast(place.device.type, torch.bfloat16)
-    return contextlib.nullcontext
+def untouched_judge(config: Config, place: Place) -> Judge:
+    """Build the judge of the model as it came, on the same mesh."""
+    trained = together(place.group, "model", lambda: make_model(config, place, scaled=False))
+    return make_judge(config, make_parallel(config, place, trained, training=False).runner, place)
+
+
+def memory_settings(config: Config) -> dict[str, object]:
+    """Return the settings that a rank's memory hangs on, by their names."""
+    names = (
+        "train.activation_checkpointing", "train.mlp_tile", "train.loss_chunk", "train.batch_size", "parallel.cp",
+        "parallel.dp_shard", "parallel.cpu_offload", "parallel.engine", "model.dtype",
+    )  # fmt: skip
+    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in names}
 
 
 def make_tracker(config: Config, step: int) -> Tracker:

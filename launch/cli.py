@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 VERBS = {
     "train": "fine-tune a causal language model, its sequences sharded over ranks",
+    "verify": "run one batch on the configured ranks and on one: the same loss, the same gradients",
     "plan": "say what attention would move and take, for any number of ranks, without starting one",
 }
 _TRAIN_USAGE = "ringspan train CONFIG.yaml [--section.key value | section.key=value ...]"
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 and the faults told, or with 0 after --help and --version.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] == "train":
-        return _train(arguments[1:])
+    if arguments and arguments[0] in ("train", "verify"):
+        return _train(arguments[0], arguments[1:])
     if arguments and arguments[0] == "plan":
         return _plan(arguments[1:])
     return _top(arguments)
@@ -103,14 +104,18 @@ def _top(arguments: list[str]) -> int:
     return 0
 
 
-def _train(arguments: list[str]) -> int:
-    _check_needs("train", _TRAIN_NEEDS)
+def _train(verb: str, arguments: list[str]) -> int:
+    """Train or verify: what both take is a config."""
+    usage = _TRAIN_USAGE.replace("train", verb, 1)
+    _check_needs(verb, _TRAIN_NEEDS)
     if "-h" in arguments or "--help" in arguments:
-        _train_help()
+        _train_help(verb, usage)
         return 0
-    config, path, overrides = read_train(arguments)
-    from ringspan.launch.train import launch  # torch comes with it
-
+    config, path, overrides = read_train(arguments, usage)
+    if verb == "verify":
+        from ringspan.launch.verify import launch  # torch comes with it
+    else:
+        from ringspan.launch.train import launch
     return launch(config, path, overrides)
 
 
@@ -154,12 +159,12 @@ def read_train(argv: Sequence[str], usage: str = _TRAIN_USAGE) -> tuple[Config, 
         _stop(*error.faults)
 
 
-def _train_help() -> None:
-    """Print the usage of ``train`` and every setting, from the schema."""
+def _train_help(verb: str, usage: str) -> None:
+    """Print the usage of a verb and every setting, from the schema."""
     from ringspan.configs.explain import show
     from ringspan.configs.load import sections
 
-    print(f"usage: {_TRAIN_USAGE}\n\n{VERBS['train']}\n\nsettings:")
+    print(f"usage: {usage}\n\n{VERBS[verb]}\n\nsettings:")
     for section, kind in sections().items():
         print(f"\n{section}: {kind.__doc__}")
         for key, field in kind.model_fields.items():

@@ -17,6 +17,7 @@ from ringspan.finetune.evaluate import (
     loss_by_position,
     passkey_accuracy,
 )
+from ringspan.finetune.model import Trained
 from ringspan.launch.ranks import Place
 from ringspan.parallel.faults import together
 
@@ -54,11 +55,11 @@ class Evaluation:
             f"eval/ppl@{self._config.data.seq_length}": math.exp(min(loss, 50.0)),
         }
 
-    def after(self, judge: Judge, summary: dict[str, Any], say: Callable[[str], None]) -> None:
+    def after(self, judge: Judge, trained: Trained, summary: dict[str, Any], say: Callable[[str], None]) -> None:
         """Judge the trained model, and write everything the report draws."""
         known = self._read_file() if self._adds else {}
         known |= summary
-        known["title"] = self._title(judge)
+        known["title"] = self._title(trained)
         for name, part in self._judged(judge, "after", say).items():
             known[name] = {**known.get(name, {}), **part}
         self._write(known)
@@ -97,10 +98,10 @@ class Evaluation:
             text_field=data.text_field,
         )
 
-    def _title(self, judge: Judge) -> str:
-        parameters = judge.trained.counts()[0] / 1e6
+    def _title(self, trained: Trained) -> str:
+        parameters = trained.counts()[0] / 1e6
         ranks = f"{self._place.world} rank{'s' if self._place.world > 1 else ''}"
-        kind = judge.trained.base.config.model_type
+        kind = trained.base.config.model_type
         return (
             f"{kind} {parameters:.1f} M, {self._config.data.seq_length} tokens over {ranks}, "
             f"{self._config.attention.mask or 'causal'} & documents, ring"

@@ -5,17 +5,14 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Documents, Mask, Plan, plan
 from ringspan.dist_attn.layout import Layout
-from ringspan.finetune.model import Trained, heads_of
+from ringspan.finetune.model import Trained, local_heads
 from ringspan.launch.ranks import Place
 from ringspan.parallel.boundaries import Packed, rows_of
 from ringspan.parallel.context import SequenceContext
@@ -26,7 +23,7 @@ class Meter:
 
     def __init__(self, config: Config, place: Place, trained: Trained, context: SequenceContext) -> None:
         self._place, self._context, self._trained = place, context, trained
-        self._heads = heads_of(trained.base.config)
+        self._heads = local_heads(trained.base.config, place.sizes.tp)
         self._dtype = getattr(torch, config.model.dtype)
         self._steps = 0
         self._seconds = 0.0
@@ -47,7 +44,7 @@ class Meter:
         The bound is the ring's, whose exact pieces meet it: K and V are needed twice (forward, backward), dK and dV
         once. Over all ranks dK and dV arrive as often as rows were needed; where they arrive is the plan's.
         """
-        rank, bound, area = self._place.rank, 0.0, 0.0
+        rank, bound, area = self._place.at("cp"), 0.0, 0.0
         for mask, layers in Counter(self._context.layer_masks.values()).items():
             for edges, layout in self._batches:
                 each = self._planned(mask, edges, layout)
@@ -61,28 +58,23 @@ class Meter:
         return plan(
             mask if len(edges) == 2 else mask & Documents(edges),
             layout,
-            world=self._place.world,
+            world=self._place.sizes.cp,
             length=edges[-1],
             **self._heads._asdict(),
             dtype=self._dtype,
             gradient_dtype=self._context.gradient_dtype,
+            first_kv_head=self._context.first_kv_head,
+            total_kv_heads=self._context.total_kv_heads,
         )
 
-    def sum(self, value: Tensor) -> float:
-        """Return the sum of a scalar over the ranks."""
-        if self._place.group is not None:
-            dist.all_reduce(value, group=self._place.group)
-        return float(value)
-
-    def row(self, began: float, data_time: float, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Return the step's numbers; every rank must call it."""
+    def row(self, began: float, data_time: float, tokens: int) -> dict[str, float]:
+        """Return the step's numbers; every rank must call it. tokens: of all ranks' sequences."""
         received = self._context.traffic.received_payload - self._seen
         self._seen = self._context.traffic.received_payload
         mine = [received, self.peak_gib(self._place), *self._costs()]
         gathered = self._place.gather(torch.tensor(mine, dtype=torch.float64, device=self._place.device))
         received, self._peaks, bound, area = torch.stack(gathered, dim=1).tolist()
         seconds = time.monotonic() - began
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
         flops = self._flops(tokens, sum(area))
         if self._steps:  # the first step warms up
             self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens

@@ -80,7 +80,7 @@ def read(config: Config, options: Options) -> Inputs:
     """
     shape = _shape(config)
     length = options.length or config.data.seq_length
-    mesh = options.world or (config.parallel.cp,)
+    mesh = options.world or _ranks(config)
     if (world := int(np.prod(mesh))) > length:
         raise Fault(f"--world: {world} ranks must be <= the {length} tokens of a sequence, so that each has one")
     masks = tuple(checked_mask(text, shape.kv_heads, length) for text in shape.layers)
@@ -98,10 +98,18 @@ def read(config: Config, options: Options) -> Inputs:
         rows,
         getattr(torch, config.model.dtype),
         config.attention.strategy,
-        config.train.activation_checkpointing,
+        config.train.activation_checkpointing in ("selective", "offload"),
         gradient_dtype(config),
         _costs(options.costs or config.attention.costs or "cuda", mesh),
     )
+
+
+def _ranks(config: Config) -> tuple[int, ...]:
+    """Return the mesh of ranks that share a sequence, as the config has it."""
+    cp, ulysses = config.parallel.cp, config.parallel.ulysses
+    if cp == -1:
+        raise Fault("parallel.cp: -1 takes what the world leaves, and no world is known here; give --world")
+    return (cp,) if ulysses in (1, cp) else (cp // ulysses, ulysses)
 
 
 def _shape(config: Config) -> Shape:

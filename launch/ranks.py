@@ -18,17 +18,46 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ringspan.dist_attn.groups import Group
 from ringspan.parallel.faults import Fault
+from ringspan.parallel.mesh import Mesh, Sizes, mesh_of
+
+FREE = -1  # a size that is left to the world
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: its rank among ``world``, its device, and the group of all (None for one process)."""
+    """Where this process stands: rank among ``world``, device, the group of all and the mesh (one process: None)."""
 
     rank: int
     world: int
     device: torch.device
     group: dist.ProcessGroup | None
+    mesh: Mesh | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """Ranks along each axis."""
+        return self.mesh.sizes if self.mesh is not None else Sizes()
+
+    def at(self, name: str) -> int:
+        """Return where this process stands along an axis, or several together."""
+        return self.mesh.place[name] if self.mesh is not None else 0
+
+    @property
+    def context(self) -> Group:
+        """The ranks that share a sequence; None where this one holds it all."""
+        return self.mesh.context if self.mesh is not None and self.sizes.cp > 1 else None
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup | None:
+        """The same as one group."""
+        return self.mesh.group("cp") if self.mesh is not None else None
+
+    @property
+    def dp(self) -> int:
+        """How many groups of ranks have sequences of their own."""
+        return self.sizes.dp_replicate * self.sizes.dp_shard
 
     def gather(self, mine: Tensor) -> list[Tensor]:
         """Return every rank's tensor of one shape, by rank, on every rank."""
@@ -44,8 +73,8 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start(count: int, arguments: list[str]) -> int:
-    """Run ``ringspan.launch.train`` with ``arguments`` on ``count`` ranks of this machine; return the exit code.
+def start(count: int, module: str, arguments: list[str]) -> int:
+    """Run a module with ``arguments`` on ``count`` ranks of this machine; return the exit code.
 
     torchrun's own agent underneath, told to be silent: a rank that stops has said why in one line.
     """
@@ -62,7 +91,7 @@ def start(count: int, arguments: list[str]) -> int:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "ringspan.launch.train", *arguments)
+        elastic_launch(settings, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:  # Ctrl-C or a scheduler: the agent has ended the ranks
@@ -70,23 +99,44 @@ def start(count: int, arguments: list[str]) -> int:
     return 0
 
 
-@contextmanager
-def joined(cp: int, timeout_s: int) -> Iterator[Place]:
-    """Join the process group the launcher's environment describes, for the time of the block.
+def started(sizes: Sizes) -> int:
+    """Return how many ranks ``ringspan train`` starts on this machine; a free size is what its GPUs leave.
 
     Raises:
-        Fault: if the number of ranks is not what the config says.
+        Fault: if a size is free and there is no GPU to count.
+    """
+    if FREE not in (sizes.pp, sizes.dp_replicate, sizes.dp_shard, sizes.cp, sizes.tp):
+        return sizes.world
+    count = torch.cuda.device_count()
+    if not count:
+        raise Fault(
+            "parallel: a size of -1 takes what the world leaves, and without a GPU nothing says how many ranks to "
+            "start; give a number, or start with torchrun --nproc-per-node N"
+        )
+    return _resolved(sizes, count).world
+
+
+@contextmanager
+def joined(sizes: Sizes, timeout_s: int) -> Iterator[Place]:
+    """Join the process group the launcher's environment describes, for the time of the block.
+
+    Args:
+        sizes: of the mesh; a free one takes up the world.
+        timeout_s: seconds after which a silent rank counts as lost.
+
+    Raises:
+        Fault: if the number of ranks is not what the sizes make up.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local, local_world = (
         int(os.environ.get("LOCAL_RANK", "0")),
         int(os.environ.get("LOCAL_WORLD_SIZE", str(world))),
     )
-    if world != cp:
-        raise Fault(
-            f"parallel.cp: the config wants {cp} ranks, but {world} were started; "
-            f"start {cp}, or pass --parallel.cp {world}"
-        )
+    sizes = _resolved(sizes, world)
+    try:
+        sizes.check_node(local_world)
+    except ValueError as error:
+        raise Fault(f"parallel.{error}") from error
     torch.set_num_threads(_threads(local_world))
     # Attention weights far from the peak underflow to denormals, on which a CPU computes up to six times slower. Set
     # before the first parallel region: threads inherit it when they start.
@@ -100,9 +150,16 @@ def joined(cp: int, timeout_s: int) -> Iterator[Place]:
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
-        yield Place(rank, world, device, dist.group.WORLD)
+        yield Place(rank, world, device, dist.group.WORLD, mesh_of(sizes, device.type))
     finally:
         dist.destroy_process_group()
+
+
+def _resolved(sizes: Sizes, world: int) -> Sizes:
+    try:
+        return sizes.resolved(world)
+    except ValueError as error:
+        raise Fault(f"parallel: {error}") from error
 
 
 def _threads(ranks: int) -> int:

@@ -6,87 +6,54 @@ Started by ``ringspan train CONFIG.yaml`` (which starts its own ranks) or by a l
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grad_norm_
-from transformers.utils import logging as transformers_logging
 
 from ringspan.configs.schema import Config
-from ringspan.dist_attn import Disagreement
-from ringspan.finetune.export import export
-from ringspan.finetune.loss import chunked_cross_entropy
 from ringspan.finetune.model import heads_of, read_tokenizer
 from ringspan.finetune.report import report
 from ringspan.finetune.track import Tracker
 from ringspan.kernels.select import select
-from ringspan.launch import build, ranks
+from ringspan.launch import build, entry, ranks, saving
 from ringspan.launch.cli import read_train
 from ringspan.launch.console import Console
+from ringspan.launch.entry import FAILED, Stage, as_rank
 from ringspan.launch.judging import Evaluation
 from ringspan.launch.meter import Meter
-from ringspan.launch.state import State, find_checkpoint, scored_tokens
+from ringspan.launch.ranks import Place
+from ringspan.launch.state import State
 from ringspan.parallel.context import SequenceContext
-from ringspan.parallel.data import sum_gradients
 from ringspan.parallel.faults import Fault, together
+from ringspan.parallel.gradients import Sums
 
-BAD_INPUT, FAILED = 2, 1  # exit codes
+MODULE = "ringspan.launch.train"
 
 
 def launch(config: Config, config_path: str, overrides: list[str]) -> int:
-    """Check all inputs, then train on ``parallel.cp`` ranks of this machine; return the exit code."""
-    try:
-        build.check_inputs(config)
-    except Fault as fault:
-        print(f"ringspan: {fault}", file=sys.stderr)
-        return BAD_INPUT
-    if config.parallel.cp > 1 and not ranks.launched():
-        return ranks.start(config.parallel.cp, [config_path, *overrides])
-    return run(config)
+    """Train on as many ranks of this machine as ``parallel`` says; return the exit code."""
+    return entry.launch(config, config_path, overrides, module=MODULE, work=train)
 
 
-def run(config: Config) -> int:
-    """Train as one rank of the launcher's; return the exit code. One rank says what is wrong, once."""
-    rank = int(os.environ.get("RANK", "0"))
-    transformers_logging.disable_progress_bar()  # ours is the one that counts steps
-    stage = [BAD_INPUT]
-    try:
-        with ranks.joined(config.parallel.cp, config.parallel.timeout_s) as place:
-            together(place.group, "inputs", lambda: build.check_inputs(config))
-            train(config, place, stage)
-    except (Fault, Disagreement) as fault:
-        if rank == getattr(fault, "rank", 0):
-            print(f"ringspan: {fault}", file=sys.stderr, flush=True)
-        return stage[0]
-    return 0
-
-
-def train(config: Config, place: ranks.Place, stage: list[int]) -> None:
-    """Train from the start or the latest checkpoint to the last step; evaluate, save, export, report.
-
-    Args:
-        stage: the exit code of a fault from now on; set to FAILED once training begins.
-    """
+def train(config: Config, place: Place, stage: Stage) -> int:
+    """Train from the start or the latest checkpoint to the last step; evaluate, save, export, report."""
     first, folder = place.rank == 0, Path(config.train.output_dir)
     tokenizer = together(place.group, "tokenizer", lambda: read_tokenizer(build.tokenizer_path(config)))
-    saved = together(place.group, "checkpoint", lambda: find_checkpoint(config))
+    saved = together(place.group, "checkpoint", lambda: saving.find(config, place))
     evaluation = Evaluation(config, place, tokenizer, folder, resumed=saved is not None)
     if saved is None and config.eval.before:
-        untouched = together(place.group, "model", lambda: build.make_model(config, place, scaled=False))
-        evaluation.before(build.make_judge(config, untouched, place))
-        del untouched
-    state = together(place.group, "model and data", lambda: State.start(config, place, tokenizer, saved))
+        evaluation.before(build.untouched_judge(config, place))
+    state = State.start(config, place, tokenizer, saved)
     context = build.make_context(config, place)
-    judge = build.make_judge(config, state.trained, place)
+    judge = build.make_judge(config, state.engine, place)
     meter = Meter(config, place, state.trained, context)
     console = Console(first, config.train.max_steps, state.step)
+    saver = saving.Saving(config, place, state)
     tracker = together(place.group, "tracker", lambda: build.make_tracker(config, state.step) if first else None)
     console.banner(_facts(config, place, state, tracker))
-    stage[0] = FAILED
+    stage.code = FAILED
     told: set[str] = set()
     try:
         with console:
@@ -103,13 +70,10 @@ def train(config: Config, place: ranks.Place, stage: list[int]) -> None:
                 if tracker is not None and say:
                     tracker.log(state.step, row)
                 console.step(state.step, _told(row), say)
-                if last or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
-                    state.save(config, place)
+                saver.step(now=last)
         console.line(f"data: {state.stream.counts}")
-        evaluation.after(judge, meter.summary(), console.line)
-        together(
-            place.group, "export", lambda: export(state.trained.model, tokenizer, folder / "export") if first else None
-        )
+        evaluation.after(judge, state.trained, meter.summary(), console.line)
+        saving.export(config, place, state, tokenizer, folder / "export")
     except BaseException:
         if tracker is not None:
             tracker.finish(exit_code=FAILED)
@@ -119,61 +83,68 @@ def train(config: Config, place: ranks.Place, stage: list[int]) -> None:
         for note in tracker.notes:
             console.line(note)
         console.line(f"export {folder / 'export'}, report {report(folder)}")
+    return 0
 
 
-def train_step(
-    config: Config, place: ranks.Place, state: State, context: SequenceContext, meter: Meter
-) -> dict[str, float]:
+def train_step(config: Config, place: Place, state: State, context: SequenceContext, meter: Meter) -> dict[str, float]:
     """Run one optimizer step over all its micro-batches; return what to log.
 
     The loss of a micro-batch is a sum over its tokens on this rank, divided by the scored tokens of the whole step on
     all ranks: so gradients and losses of ranks and micro-batches are added, never averaged.
     """
     began = time.monotonic()
-    batches = together(place.group, f"data of step {state.step}", lambda: state.next_batches(config, place))
+    data = together(place.group, f"data of step {state.step}", lambda: state.next_step(config, place))
     data_time = time.monotonic() - began
-    scored = sum(scored_tokens(batch) for batch in batches)
-    if scored == 0:
-        raise Fault(f"step {state.step + 1}: none of {len(batches)} micro-batches has a scored token; check data.path")
-    loss = torch.zeros((), device=place.device)
+    if data.scored == 0:
+        raise Fault(f"step {state.step + 1}: none of its {data.tokens} tokens is scored; check data.path")
+    batches = [context.shard(batch) | context.kwargs() for batch in data.batches]
+    loss = state.engine.backward(batches, 1 / data.scored)
+    found, rate = state.engine.finish(loss), state.rate(config)
+    if found.bad:
+        _not_finite(config, state, found)
+        state.engine.skip()
+        state.skipped += 1
+    else:
+        state.engine.step(rate, found.norm)
+    state.step += 1
+    state.tokens += data.tokens
     for batch in batches:
-        local = context.shard(batch)
-        labels = local.pop("shift_labels")
-        with build.autocast(config, place)():
-            hidden = state.trained.decoder(**local, **context.kwargs()).last_hidden_state
-            part = chunked_cross_entropy(hidden, state.trained.head, labels, chunk=config.train.loss_chunk) / scored
-        part.backward()
-        loss += part.detach()
-        meter.plan(local["document_boundaries"], len(batch["input_ids"]))
-    sum_gradients((p for _, p in state.named), place.group)
-    total = meter.sum(loss)
-    norm = float(clip_grad_norm_([p for _, p in state.named], config.train.max_grad_norm))
-    if not math.isfinite(total + norm):
-        raise Fault(
-            f"step {state.step + 1}: loss {total}, gradient norm {norm}; the last checkpoint is unharmed: "
-            "lower train.learning_rate and resume"
-        )
-    rate = state.update(config)
-    state.tokens += sum(batch["input_ids"].numel() for batch in batches)
-    return meter.row(began, data_time, batches) | {
-        "train/loss": total,
-        "train/grad_norm": norm,
+        meter.plan(batch["document_boundaries"], config.train.batch_size)
+    return meter.row(began, data_time, data.tokens) | {
+        "train/loss": found.loss,
+        "train/grad_norm": found.norm,
         "train/learning_rate": rate,
         "train/tokens": state.tokens,
         "train/epoch": state.stream.epoch,
+        "train/skipped_steps": state.skipped,
     }
 
 
-def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | None) -> dict[str, str]:
+def _not_finite(config: Config, state: State, found: Sums) -> None:
+    """Stop, or say what is skipped, as the config has it.
+
+    Raises:
+        Fault: naming the step, and the ranks whose loss or gradients were not finite.
+    """
+    text = f"step {state.step + 1}: loss {found.loss}, gradient norm {found.norm}, not finite on rank "
+    text += ", ".join(map(str, found.bad))
+    if config.train.on_nonfinite == "stop":
+        raise Fault(
+            f"{text}; the last checkpoint is unharmed: lower train.learning_rate and resume, or set "
+            "train.on_nonfinite=skip to leave such steps out"
+        )
+
+
+def _facts(config: Config, place: Place, state: State, tracker: Tracker | None) -> dict[str, str]:
     trained = state.trained
     every, trainable = trained.counts()
-    per_step = config.data.seq_length * config.train.batch_size * config.train.gradient_accumulation_steps
+    per_step = config.data.seq_length * config.train.batch_size * config.train.gradient_accumulation_steps * place.dp
     hf = trained.base.config
     kernel = select(place.device, getattr(torch, config.model.dtype), heads_of(hf).head_dim)
     return {
         "model": f"{trained.base.config.model_type}, {every / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trained, "
         f"computed in {config.model.dtype}",
-        "ranks": f"{place.world} share each sequence (cp), {config.attention.layout} layout, on {place.device.type}",
+        "ranks": f"{place.world}: {_mesh(config, place)}, on {place.device.type}",
         "tokens": f"{config.data.seq_length} a sequence, {per_step} a step, "
         f"{per_step * config.train.max_steps / 1e6:.1f} M in all",
         "attention": f"{config.attention.mask or 'as each layer declares it'}, within documents; "
@@ -182,6 +153,19 @@ def _facts(config: Config, place: ranks.Place, state: State, tracker: Tracker | 
         "memory": f"{Meter.peak_gib(place):.2f} GiB on this rank after building",
         "run": f"{config.train.output_dir}, from step {state.step}, W&B {tracker.mode if tracker else '-'}",
     }
+
+
+def _mesh(config: Config, place: Place) -> str:
+    """Say who shares what."""
+    sizes = place.sizes
+    said = [f"{sizes.cp} share each sequence (cp), {config.attention.layout} layout"]
+    said += [f"{sizes.ulysses} of them by heads (ulysses)"] if sizes.ulysses > 1 else []
+    said += [f"{place.dp} groups with sequences of their own (dp)"] if place.dp > 1 else []
+    said += [f"{sizes.tp} share each layer (tp)"] if sizes.tp > 1 else []
+    said += [f"{sizes.pp} pipeline stages ({config.parallel.schedule})"] if sizes.pp > 1 else []
+    engine = "DeepSpeed ZeRO" if config.parallel.engine == "deepspeed" else "FSDP2"
+    said += [f"parameters sharded over {sizes.dp_shard * sizes.cp} by {engine}"] if place.world > 1 else []
+    return ", ".join(said)
 
 
 def _told(row: dict[str, float]) -> list[str]:
@@ -199,7 +183,7 @@ def _told(row: dict[str, float]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of one rank under a launcher; reads the config like ``ringspan train``."""
     config, path, overrides = read_train(sys.argv[1:] if argv is None else argv)
-    return run(config) if ranks.launched() else launch(config, path, overrides)
+    return as_rank(config, train) if ranks.launched() else launch(config, path, overrides)
 
 
 if __name__ == "__main__":

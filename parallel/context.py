@@ -42,7 +42,7 @@ class SequenceContext:
             declares it). Document boundaries of the batch are added to either.
         keep_attention: for a model under activation checkpointing: keep attention's (out, lse) of the first pass, so
             that the recompute never runs the exchange again.
-        gradient_dtype, costs, debug: as in ``dist_attn.attention``.
+        gradient_dtype, costs, debug, first_kv_head, total_kv_heads: as in ``dist_attn.attention``.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class SequenceContext:
         gradient_dtype: torch.dtype | None = None,
         costs: Costs | None = None,
         debug: bool = False,
+        first_kv_head: int = 0,
+        total_kv_heads: int | None = None,
     ) -> None:
         check_strategy(strategy)
         groups = groups_of(group)
@@ -70,6 +72,7 @@ class SequenceContext:
         self.mask = mask
         self.keep_attention = keep_attention
         self.gradient_dtype, self.costs, self.debug = gradient_dtype, costs, debug
+        self.first_kv_head, self.total_kv_heads = first_kv_head, total_kv_heads
         self.traffic = Traffic()
         self.layer_masks: dict[int, Mask] = {}  # by layer index, without documents; as of the last pass that noted them
         self.decisions: dict[str, str] = {}  # the strategy last taken and why, by the text of a kind of layer's mask
@@ -116,6 +119,8 @@ class SequenceContext:
             gradient_dtype=self.gradient_dtype,
             costs=self.costs,
             debug=self.debug,
+            first_kv_head=self.first_kv_head,
+            total_kv_heads=self.total_kv_heads,
         )
         return {"use_cache": False, NAME: forward}
 

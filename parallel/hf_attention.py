@@ -67,6 +67,8 @@ class Forward:
     gradient_dtype: torch.dtype | None = None
     costs: Costs | None = None
     debug: bool = False
+    first_kv_head: int = 0
+    total_kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         # One rank that keeps nothing: attention is then one operator.
@@ -120,6 +122,8 @@ def ringspan_attention(
             sinks=kwargs.get("s_aux"),
             scale=kwargs.get("scaling"),
             out_dtype=q.dtype,
+            first_kv_head=forward.first_kv_head,
+            total_kv_heads=forward.total_kv_heads,
         )[0], None
     except ValueError as error:
         raise ValueError(f"{_layer(module)}: {error}") from error
@@ -157,6 +161,8 @@ def _exchanged(
             sinks=kwargs.get("s_aux"),
             scale=kwargs.get("scaling"),
             length=packed.length,
+            first_kv_head=forward.first_kv_head,
+            total_kv_heads=forward.total_kv_heads,
             extras=Extras(
                 gradient_dtype=forward.gradient_dtype,
                 traffic=forward.traffic,

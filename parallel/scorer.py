@@ -1,4 +1,4 @@
-"""Decoder, head and loss as one module.
+"""Decoder, head and loss as one module, and who runs it.
 
 What wraps a model (FSDP, ZeRO, a pipeline stage) does its work in the forward of the module that it wraps. Called apart,
 decoder and head would be two roots; and a weight they share could belong to one of them only.
@@ -41,7 +41,7 @@ class Runner(Protocol):
         ...
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Return ``Loss.each`` of a batch, without gradients; None where another rank has the head."""
+        """Return ``Loss.each`` of a batch, without gradients or dropout; None where another rank has the head."""
         ...
 
 
@@ -84,4 +84,8 @@ class Direct:
     @torch.no_grad()
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """See ``Runner``."""
-        return self._scorer(**batch, each=True)
+        was_training = self._scorer.training
+        self._scorer.eval()
+        found = self._scorer(**batch, each=True)
+        self._scorer.train(was_training)
+        return found

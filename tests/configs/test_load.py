@@ -77,7 +77,7 @@ def test_every_fault_at_once_with_its_place(tmp_path) -> None:
         ("train.seq_length=3", "train.seq_length: unknown key; did you mean data.seq_length?"),
         ("max_steps=3", "max_steps: unknown key; did you mean train.max_steps?"),
         ("trian.max_steps=3", "trian: unknown key; did you mean train?"),
-        ("parallel.quux=3", "parallel.quux: unknown key; parallel has cp, timeout_s"),
+        ("parallel.quux=3", "parallel.quux: unknown key; parallel has cp, ulysses, dp_shard, "),
         ("extends=base.yaml", "extends: unknown key; a config has model, data, train,"),
     ],
 )

@@ -110,7 +110,7 @@ def test_frozen() -> None:
         ("rope={type: linear, factor: 1}", "rope.factor: 1 must be > 1"),
         ("lora.r=0", "lora.r: 0 must be >= 1"),
         ("lora.dropout=1.0", "lora.dropout: 1.0 must be < 1"),
-        ("parallel.cp=0", "parallel.cp: 0 must be >= 1"),
+        ("parallel.cp=0", "parallel.cp: 0 must be a number of ranks, or -1 for what the world leaves"),
         ("parallel=4", "parallel: 4 must hold keys of its own"),
         ("checkpoint.keep=0", "checkpoint.keep: 0 must be >= 1"),
         ("track.log_every=0", "track.log_every: 0 must be >= 1"),
@@ -144,6 +144,36 @@ def test_one_line_for_a_bad_value(tmp_path, override: str, fault: str) -> None:
         (
             ["parallel.cp=4097"],
             "parallel.cp: 4097 must be <= data.seq_length=4096: the sequence has no token for each rank",
+        ),
+        (
+            ["parallel.tp=-1", "parallel.dp_shard=-1"],
+            "parallel.cp: -1 for dp_shard, tp; only one size may be left to the world",
+        ),
+        (
+            ["parallel.cp=4", "parallel.ulysses=3"],
+            "parallel.ulysses: 3 does not divide cp=4 into rings of equal length",
+        ),
+        (
+            ["attention.strategy=double_ring", "parallel.cp=4"],
+            "attention.strategy: double_ring needs groups of close ranks; set parallel.ulysses to more than 1",
+        ),
+        (
+            ["parallel.engine=deepspeed", "parallel.pp=2"],
+            "parallel.engine: deepspeed does not compose with pp=2; use engine=fsdp, or pp=1 and tp=1 with more "
+            "dp_shard or cp",
+        ),
+        (
+            ["parallel.engine=deepspeed", "parallel.dp_replicate=2"],
+            "parallel.engine: deepspeed shards over all data parallel ranks, dp_replicate=2 would not; give dp_shard",
+        ),
+        (
+            ["parallel.deepspeed=ds.json"],
+            "parallel.deepspeed: given, but parallel.engine=fsdp; set parallel.engine=deepspeed, or leave it out",
+        ),
+        (
+            ["parallel.engine=deepspeed", "parallel.cpu_offload=true"],
+            "parallel.cpu_offload: true is FSDP2's; DeepSpeed's is zero_optimization.offload_optimizer in "
+            "parallel.deepspeed",
         ),
         (["eval.every=5"], "eval.every: 5 needs eval.path; set it, or eval.every=0"),
         (["eval.before=true"], "eval.before: true needs eval.path; set it, or eval.before=false"),

@@ -67,7 +67,7 @@ def test_help_names_the_verbs_and_train_help_the_settings() -> None:
     ("arguments", "told"),
     [
         (["trian"], "ringspan: trian: no such verb; did you mean train?\n"),
-        (["quux"], "ringspan: quux: no such verb; there is train, plan\n"),
+        (["quux"], "ringspan: quux: no such verb; there is train, verify, plan\n"),
         (["--verison"], "ringspan: --verison: no such option; did you mean --version?\n"),
         (["train", "-x", "c.yaml"], "ringspan: -x: no such option; "),
         (["train"], "ringspan: no config given; usage: ringspan train CONFIG.yaml ["),
@@ -104,7 +104,7 @@ def test_config_faults_end_with_code_2_a_line_each(tmp_path) -> None:
         f"ringspan: data.seq_length: 0 must be a positive whole number of tokens, as 4096, 128k or 1.5M ({file}:2)",
         f"ringspan: train.max_steps: 0 must be >= 1 ({file}:3)",
         "ringspan: train.max_step: unknown key; did you mean train.max_steps? (override train.max_step=3)",
-        "ringspan: parallel.cp: 0 must be >= 1 (override parallel.cp=0)",
+        "ringspan: parallel.cp: 0 must be a number of ranks, or -1 for what the world leaves (override parallel.cp=0)",
     ]
 
 

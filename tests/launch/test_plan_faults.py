@@ -50,7 +50,10 @@ def config(tmp_path: Path) -> Path:
         (["attention.mask=causal & dilated(4)"], "attention.mask: "),
         (["attention.mask=causal & documents([0, 1024])"], "holds documents; these come from the data, leave them out"),
         (["attention.mask=window(4, 4)"], "shows a query later tokens, the labels it is trained on"),
-        (["parallel.cp=0"], "parallel.cp: 0 must be >= 1 (override parallel.cp=0)"),
+        (
+            ["parallel.cp=0"],
+            "parallel.cp: 0 must be a number of ranks, or -1 for what the world leaves (override parallel.cp=0)",
+        ),
         (["x.yaml"], "x.yaml: a second config"),
         (
             ["model.config.layer_types=[chunked_attention]", "model.config.num_hidden_layers=1"],

@@ -1,0 +1,2 @@
+"""Placeholder: a colleague writes this file; overwrite it."""
+def explain(error, **k): return None
