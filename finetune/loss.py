@@ -8,12 +8,17 @@ plain linear head; a LoRA on the head, and torch before 2.13, need the module it
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ringspan.finetune.packing import IGNORED
+from ringspan.parallel.tensor import vocabulary_start
+from ringspan.parallel.tensor_moves import gather_tokens, sum_alike
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int, ignore: int = -100) -> Tensor:
+
+def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int, ignore: int = IGNORED) -> Tensor:
     """Return the sum over tokens of -log p(label), a scalar in fp32 (fp64 for fp64).
 
     The caller divides by the *global* count of scored tokens, which no rank can know from its shard.
@@ -32,7 +37,7 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, *, ch
     return total
 
 
-def token_losses(hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int, ignore: int = -100) -> Tensor:
+def token_losses(hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int, ignore: int = IGNORED) -> Tensor:
     """Return -log p(label) per token [B, L] (0 where not scored), for evaluation; no gradient."""
     flat, targets = hidden.flatten(0, 1), labels.flatten()
     with torch.no_grad():
@@ -48,16 +53,71 @@ def _sum(hidden: Tensor, head: nn.Module, target: Tensor, ignore: int, wide: tor
 
 
 class ChunkedLoss:
-    """Scores hidden states by chunks of tokens; fulfils ``parallel.scorer.Loss``."""
+    """Scores hidden states by chunks of tokens; fulfils ``parallel.scorer.Loss``.
 
-    def __init__(self, chunk: int, group=None) -> None:
-        self._chunk = chunk
+    Args:
+        chunk: tokens whose logits exist at once.
+        group: tensor parallel ranks that share the vocabulary; hidden states are then shards [B, l, E] of the tokens
+            that labels [B, L] have, and every rank gets the whole result.
+    """
+
+    def __init__(self, chunk: int, group: dist.ProcessGroup | None = None) -> None:
+        self._chunk, self._group = chunk, group
 
     def total(self, hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden, head, labels, chunk=self._chunk)
+        """Return the sum of -log p(label)."""
+        if self._group is None:
+            return chunked_cross_entropy(hidden, head, labels, chunk=self._chunk)
+        flat, targets = gather_tokens(hidden, labels.shape[1], self._group).flatten(0, 1), labels.flatten()
+        total = (flat[:1].sum() * 0).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        for part, target in zip(flat.split(self._chunk), targets.split(self._chunk), strict=True):
+            total = total + checkpoint(self._shared_sum, part, head, target, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
+        return total
 
+    @torch.no_grad()
     def each(self, hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return -log p(label) [B, L], 0 where not scored, and whether the label is the likeliest token."""
+        if self._group is not None:
+            hidden = gather_tokens(hidden, labels.shape[1], self._group)
         flat, targets = hidden.flatten(0, 1), labels.flatten()
-        losses = token_losses(hidden, head, labels, chunk=self._chunk)
-        hits = torch.cat([head(p).argmax(-1) == t for p, t in zip(flat.split(self._chunk), targets.split(self._chunk), strict=True)])
-        return losses, hits.view_as(labels)
+        losses, hits = [], []
+        for part, target in zip(flat.split(self._chunk), targets.split(self._chunk), strict=True):
+            if self._group is None:
+                logits = head(part)
+                losses.append(F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="none"))
+                hits.append(logits.argmax(-1) == target)
+            else:
+                loss, likeliest = self._shared_each(part, head, target)
+                losses.append(loss)
+                hits.append(likeliest == target)
+        return torch.cat(losses).view_as(labels), torch.cat(hits).view_as(labels)
+
+    def _shared_sum(self, hidden: Tensor, head: nn.Module, target: Tensor) -> Tensor:
+        return _vocabulary_parallel(hidden, head, target, self._group)[0].sum()
+
+    def _shared_each(self, hidden: Tensor, head: nn.Module, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits, top = _vocabulary_parallel(hidden, head, target, self._group)
+        best, index = logits.max(-1)
+        none = torch.iinfo(torch.int64).max
+        likeliest = torch.where(best == top, index + vocabulary_start(head), none)
+        dist.all_reduce(likeliest, dist.ReduceOp.MIN, self._group)  # of equals the first, as argmax has it
+        return loss, likeliest
+
+
+def _vocabulary_parallel(
+    hidden: Tensor, head: nn.Module, target: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss of each token, this rank's logits, their maximum over all ranks); hidden [N, E], target [N].
+
+    Of the vocabulary each rank has a part: the maximum, the sum of exponentials and the label's logit are put together.
+    """
+    assert group is not None, "one rank has the whole vocabulary"
+    logits = head(hidden)
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    top = logits.detach().max(-1).values
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    mine = target - vocabulary_start(head)
+    here = (mine >= 0) & (mine < logits.shape[1])
+    picked = logits.gather(1, torch.where(here, mine, 0)[:, None])[:, 0] * here
+    exponentials, picked = sum_alike(torch.stack([(logits - top[:, None]).exp().sum(-1), picked]), group)
+    return (exponentials.log() + top - picked) * (target != IGNORED), logits, top

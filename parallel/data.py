@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
@@ -47,6 +48,11 @@ def shard_parameters(
             module.set_force_sum_reduction_for_comms(True)  # NCCL's premultiplied sum is not gloo's
 
 
+def local(x: Tensor) -> Tensor:
+    """Return this rank's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def sum_gradients(
     parameters: Iterable[nn.Parameter],
     group: dist.ProcessGroup | None,
@@ -55,7 +61,7 @@ def sum_gradients(
     """Replace each gradient by its sum over ``group``, in place; a missing one counts as zero.
 
     The loss is a sum over local tokens divided by the global count, so ranks' gradients are added, never averaged.
-    Small gradients travel together in fp32 (fp64 stays) buckets of at most ``bucket_bytes``.
+    Where parameters are sharded over other ranks, their shards are summed. Small gradients travel together in fp32 (fp64 stays) buckets of at most ``bucket_bytes``.
     """
     if group is None or dist.get_world_size(group) == 1:
         return
@@ -66,7 +72,7 @@ def sum_gradients(
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        grad = parameter.grad
+        grad = local(parameter.grad)
         bytes_ = grad.numel() * max(4, grad.element_size())
         if bucket and (size + bytes_ > bucket_bytes or bucket[0].dtype != grad.dtype):
             _reduce(bucket, group)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ringspan.parallel.data import local
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -24,11 +26,6 @@ class Sums:
     loss: float
     norm: float
     bad: tuple[int, ...]
-
-
-def local(x: Tensor) -> Tensor:
-    """Return this rank's part of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def copies(parameter: Tensor, ranks: int) -> int:
