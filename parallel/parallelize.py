@@ -102,5 +102,16 @@ def parallelize(
         prepare(scorer, list(parts.layers))
         return Parallel(Direct(scorer), mesh, model.named_parameters)
     assert staging is not None, "a mesh with pipeline stages needs staging"
-    pipeline = _pipeline(model, mesh, loss, staging, prepare)
+    pipeline = Pipeline(
+        model,
+        mesh["pp"],
+        schedule=staging.schedule,
+        micro_batches=staging.micro_batches,
+        loss=loss,
+        batch=staging.batch,
+        tokens=staging.tokens,
+        length=staging.length,
+        tp=(mesh.sizes.tp, mesh.place["tp"]),
+        prepare=prepare,
+    )
     return Parallel(pipeline, mesh, pipeline.named_parameters, pipeline.copies, pipeline)
