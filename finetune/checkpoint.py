@@ -1,12 +1,11 @@
 """Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, no pickle.
 
     checkpoints/latest         the name of the newest durable one
-    checkpoints/step-000100/   model.safetensors, optimizer.safetensors, rng.safetensors,
-                               state.json, manifest.json
+    checkpoints/step-000100/   rank0000.safetensors, rank0000.json, ... (every rank's pieces), state.json, manifest.json
 
-A save writes a hidden folder, flushes it, renames it, flushes the rename, and only then moves
-``latest`` and deletes the old ones. The manifest holds the size and the sha256 of every file, so
-that a flipped bit, a truncated file or a mixed-up folder is named instead of trained on.
+All ranks write into one hidden folder, in the background; when all files are durable it is renamed, and only then
+``latest`` is moved and old ones are deleted. The manifest holds the size and the sha256 of every file, so that a
+flipped bit, a truncated file or a mixed-up folder is named instead of trained on. Pieces fit together on any mesh.
 """
 
 from __future__ import annotations
@@ -16,94 +15,190 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from safetensors import SafetensorError
+from torch import Tensor
 
-from ringspan.finetune import manifest
-from ringspan.finetune.publish import new_folder, write_text
+from ringspan.finetune import manifest, shards
+from ringspan.finetune.publish import check_space, failure, put, remove, sync_tree, write_text
 from ringspan.parallel.faults import Fault
 
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+REMEDY = "lower checkpoint.keep, or move train.output_dir to a larger disk"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What ``save`` was given, read back; path: its folder."""
+class Found:
+    """A checkpoint that is whole; its tensors are read by ``shards.Reader(path)``."""
 
     step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
     state: dict[str, Any]
-    rng: dict[str, Tensor]
     path: Path
 
 
-def save(
-    folder: Path,
-    step: int,
-    *,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    rng: Mapping[str, Tensor],
-    keep: int,
-) -> Path:
-    """Write folder/step-NNNNNN, point ``latest`` at it, delete older ones; return its path.
+class Saver:
+    """Writes a run's checkpoints, this rank's part of them; one at a time.
 
-    Call it on one rank; others wait at a barrier of the caller's.
+    The caller lets the ranks agree in between: ``prepare`` on one of them, then ``begin`` on all; when ``done`` on all,
+    ``publish`` on one.
 
     Args:
         folder: the run's ``checkpoints``; made if need be.
-        step: optimizer steps done.
-        model: tensors by name, on any device; tied ones once. So are optimizer and rng.
-        optimizer: what ``optimizer_tensors`` returns.
-        state: JSON-able: schedule, data position, counters, fingerprint.
-        rng: generator states of every rank.
-        keep: how many to leave, this one included; those written last stay.
+        rank: whose part this is.
+        keep: how many to leave, a new one included; those written last stay.
+    """
+
+    def __init__(self, folder: Path, *, rank: int = 0, keep: int) -> None:
+        if keep < 1:
+            raise Fault(f"keep={keep} would delete the checkpoint just written: give 1 or more")
+        self._folder, self._rank, self._keep = folder, rank, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self.step: int | None = None  # of the one that is being written
+
+    def prepare(self, step: int) -> None:
+        """Make the hidden folder, and remove what killed writers left; on one rank, before any begins.
+
+        Raises:
+            Fault: the disk refuses.
+        """
+        target = self._hidden(step)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob(".*.tmp"):
+                remove(leftover)
+            target.mkdir()
+        except OSError as error:
+            raise Fault(failure(error, target, 0, REMEDY)) from error
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], *, write: Callable[[Path], None] | None = None) -> None:
+        """Copy this rank's pieces of tensors, and write them in the background.
+
+        Args:
+            step: optimizer steps done.
+            tensors: what this rank is to write, by name; sharded in whatever way.
+            write: writes more files into the folder it is given, now; where another library has a format of its own.
+
+        Raises:
+            Fault: no room, or the disk refuses; the older checkpoints and ``latest`` are as before.
+        """
+        assert self.step is None, "the one before is not published"
+        target, pieces = self._hidden(step), shards.pieces_of(tensors)
+        # Payload, plus the headers and tables (name, dtype, shape, offsets), generously.
+        needed = sum(tensor.nbytes for _, tensor in pieces) + 1024 * len(pieces) + 16384
+        check_space(needed, shutil.disk_usage(self._folder).free, self._shown(step), REMEDY)
+        self.step = step
+
+        def work() -> None:
+            try:
+                shards.write(target, self._rank, pieces)
+                for name in (f"rank{self._rank:04d}.safetensors", f"rank{self._rank:04d}.json"):
+                    sync_tree(target / name)
+            except (OSError, SafetensorError) as error:
+                raise Fault(failure(error, self._shown(step), needed, REMEDY)) from error
+
+        if write is not None:
+            write(target)
+        self._writing = self._thread.submit(work)
+
+    def done(self) -> bool:
+        """Whether this rank's files are durable.
+
+        Raises:
+            Fault: they could not be written.
+        """
+        if self._writing is None or not self._writing.done():
+            return self._writing is None
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Wait until this rank's files are durable; raises as ``done`` does."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        except Fault:
+            self._abandon()
+            raise
+
+    def publish(self, facts: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+        """Make the checkpoint visible, point ``latest`` at it, delete older ones; return its folder.
+
+        On one rank, once all are done; the others call ``published``.
+
+        Args:
+            facts: for the manifest: mesh, versions.
+            state: JSON-able: schedule, data position, counters, fingerprint.
+
+        Raises:
+            Fault: the disk refuses; the older checkpoints and ``latest`` are as before.
+        """
+        step = self.step
+        assert step is not None, "nothing was begun"
+        hidden, target = self._hidden(step), self._shown(step)
+        text = json.dumps({"step": step, "state": dict(state)}, indent=1)
+        try:
+            (hidden / "state.json").write_text(text, encoding="utf-8")
+            tables = [path for path in hidden.iterdir() if shards.TABLE.fullmatch(path.name)]
+            known = {path.with_suffix(".safetensors").name: shards.file_of(path) for path in tables}
+            manifest.write(hidden, {"step": step, **facts}, known)
+            sync_tree(hidden)
+            put(hidden, target)
+        except OSError as error:
+            raise Fault(failure(error, target, len(text), REMEDY)) from error
+        _write_latest(self._folder, target.name)
+        _delete_old(self._folder, target, self._keep)
+        self.published()
+        return target
+
+    def published(self) -> None:
+        """Forget what was written: another rank has made it visible."""
+        self.step, self._writing = None, None
+
+    def _abandon(self) -> None:
+        if self.step is not None:
+            shutil.rmtree(self._hidden(self.step), ignore_errors=True)
+        self.published()
+
+    def _hidden(self, step: int) -> Path:
+        return self._folder / f".step-{step:06d}.tmp"
+
+    def _shown(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+
+def find(path: Path) -> Found:
+    """Return a checkpoint that was verified.
 
     Raises:
-        Fault: no room, or the disk refuses; the older checkpoints and ``latest`` are as before.
+        Fault: its state cannot be read.
     """
-    if keep < 1:
-        raise Fault(f"keep={keep} would delete the checkpoint just written: give 1 or more")
-    target = folder / f"step-{step:06d}"
-    tensors = {"model": _packed(model), "optimizer": _packed(optimizer), "rng": _packed(rng)}
-    text = json.dumps({"step": step, "state": dict(state)}, indent=1)
-    everything = [t for group in tensors.values() for t in group.values()]
-    # Payload, plus the headers (name, dtype, shape, offsets) and the manifest, generously.
-    needed = sum(t.nbytes for t in everything) + 512 * len(everything) + len(text) + 16384
-    remedy = "lower checkpoint.keep, or move train.output_dir to a larger disk"
-    with new_folder(target, needed=needed, leftovers=".*.tmp", remedy=remedy) as temporary:
-        for name, group in tensors.items():
-            save_file(group, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(text, encoding="utf-8")
-        manifest.write(temporary, FILES, step)
-    _write_latest(folder, target.name)
-    _delete_old(folder, target, keep)
-    return target
+    try:
+        read = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Found(int(read["step"]), dict(read["state"]), path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Fault(f"checkpoint {path} is damaged: state.json: {error}") from error
 
 
-def load(folder: Path) -> Checkpoint:
-    """Return the checkpoint that ``latest`` names, every file verified; any rank may call this.
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Check every file of a checkpoint, or where several ranks check together, a share of them.
 
     Raises:
-        Fault: there is none, or it is damaged; names the file and the newest one that is whole.
+        Fault: it is damaged; names the file and the newest one that is whole.
     """
-    path = latest(folder)
-    if path is None:
-        raise Fault(f"no checkpoint in {folder}: nothing to resume from")
-    if damage := manifest.damage(path, FILES):
-        raise Fault(f"checkpoint {path} is damaged: {damage}; {_way_out(folder)}")
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    model, optimizer, rng = (load_file(path / name) for name in FILES[:3])
-    return Checkpoint(state["step"], model, optimizer, state["state"], rng, path)
+    if damage := manifest.damage(path, share):
+        raise Fault(f"checkpoint {path} is damaged: {damage}; {_way_out(path.parent)}")
+
+
+def by_age(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run: the one that ``latest`` names, then the others, last written first."""
+    first = latest(folder)
+    return [] if first is None else [first, *(path for path in _steps(folder) if path != first)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -136,57 +231,6 @@ def _write_latest(folder: Path, name: str) -> None:
         raise Fault(f"cannot point {folder / 'latest'} at {name}: {error}; it is as before") from error
 
 
-def optimizer_tensors(optimizer: Optimizer, named_params: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Return the optimizer's state by parameter: NAME.exp_avg, NAME.exp_avg_sq, NAME.step.
-
-    Learning rates and other settings are not state: the schedule and the config bring them back.
-    """
-    out = {}
-    for name, parameter in named_params:
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"optimizer state {key!r} of {name} is no tensor: {type(value)}")
-            out[f"{name}.{key}"] = value
-    return out
-
-
-def restore_optimizer(
-    optimizer: Optimizer,
-    named_params: Iterable[tuple[str, nn.Parameter]],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Put back what ``optimizer_tensors`` returned, bit for bit; param groups stay as they are now.
-
-    Raises:
-        Fault: the tensors belong to other parameters.
-    """
-    states: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, _, key = full.rpartition(".")
-        # A copy: a loaded tensor is a view of its file, and the file may be deleted.
-        states.setdefault(name, {})[key] = tensor.clone()
-    packed = optimizer.state_dict()
-    names = {id(parameter): name for name, parameter in named_params}
-    packed["state"] = {}
-    # torch numbers parameters in the order of the groups.
-    for number, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        state = states.pop(names[id(parameter)], None)
-        if state is None:
-            continue  # never had a gradient
-        for key, tensor in state.items():
-            if tensor.dim() and tensor.shape != parameter.shape:
-                raise Fault(
-                    f"checkpoint of another model: optimizer state {names[id(parameter)]}.{key} "
-                    f"has shape {list(tensor.shape)}, the parameter {list(parameter.shape)}"
-                )
-        packed["state"][number] = state
-    if states:
-        raise Fault(
-            f"checkpoint of another model: it has optimizer state for {min(states)}, which is no trained parameter now"
-        )
-    optimizer.load_state_dict(packed)
-
-
 def check_same_model(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise Fault naming the first field or parameter in which two fingerprints differ."""
     difference = _difference("", saved, json.loads(json.dumps(now)))
@@ -212,20 +256,6 @@ def _difference(path: str, saved: Any, now: Any) -> str | None:
     return None
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors of which no two share a storage, as safetensors demands."""
-    seen: set[int] = set()
-    out = {}
-    for name, value in tensors.items():
-        tensor = value.detach()
-        storage = tensor.untyped_storage()
-        if not tensor.is_contiguous() or storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(tensor.untyped_storage().data_ptr())
-        out[name] = tensor
-    return out
-
-
 def _steps(folder: Path) -> list[Path]:
     """Return the checkpoint folders, last written first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
@@ -233,7 +263,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _newest_whole(folder: Path) -> Path | None:
-    return next((path for path in _steps(folder) if manifest.damage(path, FILES) is None), None)
+    return next((path for path in _steps(folder) if manifest.damage(path) is None), None)
 
 
 def _way_out(folder: Path) -> str:

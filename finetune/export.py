@@ -1,94 +1,125 @@
-"""The trained model as a Hugging Face folder that stock transformers loads.
-
-Adapters are merged beside the live model, a layer at a time on a copy of that layer: adding and
-subtracting floats in place would leave the model a little different, and training may go on.
-"""
+"""The trained model as a Hugging Face folder that stock transformers loads."""
 
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ringspan.finetune.publish import new_folder
+from ringspan.finetune.export_weights import Part, index, write
+from ringspan.finetune.publish import check_space, failure, put, remove, sync_tree
+from ringspan.parallel.faults import Fault
+
+REMEDY = "move train.output_dir to a larger disk"
+
+
+class Export:
+    """An export that appears whole or not at all, written by several ranks.
+
+    The caller lets them agree in between: ``prepare`` on one, ``write`` on all, ``publish`` on one.
+
+    Args:
+        model: a transformers model, or one wrapped by peft; it does not change.
+        folder: an older export there is replaced at the end.
+
+    Raises:
+        TypeError: for another kind of model.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+        if not isinstance(base, PreTrainedModel):
+            raise TypeError(f"export takes a transformers model or a peft model, got {type(model).__name__}")
+        self._base, self._tokenizer, self._folder = base, tokenizer, folder
+        self._hidden = folder.parent / f".{folder.name}.tmp"
+
+    def prepare(self, needed: int) -> None:
+        """Make the hidden folder; needed: bytes about to be written.
+
+        Raises:
+            Fault: no room, or the disk refuses.
+        """
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.parent.glob(f".{self._folder.name}*.tmp"):
+                remove(leftover)
+            check_space(needed, shutil.disk_usage(self._folder.parent).free, self._folder, REMEDY)
+            self._hidden.mkdir()
+        except OSError as error:
+            raise Fault(failure(error, self._folder, needed, REMEDY)) from error
+
+    def write(self, modules: Iterable[tuple[str, nn.Module]], part: Part) -> None:
+        """Write this rank's files of weights (safetensors, dtype kept), adapters merged; collective in its stage.
+
+        Raises:
+            Fault: the disk refuses; an older export stays.
+        """
+        write(modules, self._hidden, part, lambda error, size: Fault(failure(error, self._folder, size, REMEDY)))
+
+    def publish(self) -> Path:
+        """Write configs and tokenizer, and make the folder visible; return it.
+
+        Raises:
+            Fault: the disk refuses; an older export stays.
+        """
+        try:
+            held = index(self._hidden)
+            self._check_names(set(held))
+            self._write_configs(set(held), next(iter(held.values())))
+            sync_tree(self._hidden)
+            put(self._hidden, self._folder)
+        except OSError as error:
+            raise Fault(failure(error, self._folder, 0, REMEDY)) from error
+        finally:
+            self.abandon()
+        return self._folder
+
+    def abandon(self) -> None:
+        """Remove what was written and not published."""
+        shutil.rmtree(self._hidden, ignore_errors=True)
+
+    def _write_configs(self, names: set[str], dtype: torch.dtype) -> None:
+        config = copy.deepcopy(self._base.config)
+        config.dtype = dtype
+        config.architectures = [type(self._base).__name__]
+        # An adapter on one of two tied embeddings unties them, and both are there.
+        config.tie_word_embeddings = bool(config.tie_word_embeddings) and bool(self._tied_names() - names)
+        generation = _generation_config(self._base, self._tokenizer)
+        config.bos_token_id, config.eos_token_id = generation.bos_token_id, generation.eos_token_id
+        config.save_pretrained(self._hidden)
+        generation.save_pretrained(self._hidden)
+        self._tokenizer.save_pretrained(self._hidden)
+
+    def _check_names(self, names: set[str]) -> None:
+        """Raise if the weights are not what a fresh model has: an adapter left over, say."""
+        with torch.device("meta"):
+            expected = set(type(self._base)(copy.deepcopy(self._base.config)).state_dict())
+        if names - expected or expected - names - self._tied_names():
+            raise RuntimeError(f"weights of {type(self._base).__name__} that do not fit it: {expected ^ names}")
+
+    def _tied_names(self) -> set[str]:
+        return set(self._base.all_tied_weights_keys or {}) if self._base.config.tie_word_embeddings else set()
 
 
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Write weights (safetensors, dtype kept), configs and tokenizer; return the folder.
-
-    Args:
-        model: a transformers model, or one wrapped by peft.get_peft_model; it does not change.
-        tokenizer: saved beside it; its special tokens go into the generation config.
-        folder: an older export there is replaced at the end.
+    """Export a model that this process holds alone; return the folder.
 
     Raises:
         Fault: no room, or the disk refuses; an older export stays.
     """
-    base, state = (model, model.state_dict()) if isinstance(model, PreTrainedModel) else _merged(model)
-    _check_names(base, state)
-    config = copy.deepcopy(base.config)
-    config.dtype = base.dtype
-    config.architectures = [type(base).__name__]
-    config.tie_word_embeddings = _still_tied(base, state)
-    generation = _generation_config(base, tokenizer)
-    config.bos_token_id, config.eos_token_id = generation.bos_token_id, generation.eos_token_id
-    needed = sum(t.nbytes for t in {t.data_ptr(): t for t in state.values()}.values()) + 2**24
-    remedy = "move train.output_dir to a larger disk"
-    leftovers = f".{folder.name}.*.tmp"
-    with new_folder(folder, needed=needed, leftovers=leftovers, remedy=remedy) as temporary:
-        base.save_pretrained(temporary, state_dict=state)
-        # Over what save_pretrained wrote of the live model's.
-        config.save_pretrained(temporary)
-        generation.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
-
-
-def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Return the model inside peft's wrapper, and its state dict with the adapters merged."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"export takes a transformers model or a peft model, got {type(model).__name__}")
-    base: Any = model.get_base_model()
-    state = base.state_dict()
-    for prefix, module in base.named_modules(remove_duplicate=False):
-        if isinstance(module, BaseTunerLayer):
-            # The layer's own arithmetic, so that every kind of adapter is right.
-            twin = copy.deepcopy(module)
-            with torch.no_grad():
-                twin.merge()
-            plain = twin.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            plain = module.modules_to_save[module.active_adapters[0]]
-        else:
-            continue
-        for name in [name for name in state if name.startswith(f"{prefix}.")]:
-            del state[name]
-        state |= {f"{prefix}.{name}": tensor for name, tensor in plain.state_dict().items()}
-    return base, state
-
-
-def _check_names(base: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Raise if the state is not what a fresh model has: an adapter left over, say."""
-    with torch.device("meta"):
-        expected = set(type(base)(copy.deepcopy(base.config)).state_dict())
-    if expected != set(state):
-        raise RuntimeError(f"weights of {type(base).__name__} that do not fit it: {expected ^ set(state)}")
-
-
-def _still_tied(base: PreTrainedModel, state: dict[str, Tensor]) -> bool:
-    """Return whether both embeddings may be stored as one; an adapter on one unties them."""
-    if not base.config.tie_word_embeddings:
-        return False
-    names = [name for pair in (base.all_tied_weights_keys or {}).items() for name in pair]
-    return all(state[name].data_ptr() == state[names[0]].data_ptr() for name in names)
+    made = Export(model, tokenizer, folder)
+    made.prepare(sum(parameter.nbytes for parameter in model.parameters()) + 2**24)
+    try:
+        made.write(model.named_modules(), Part())
+        return made.publish()
+    finally:
+        made.abandon()
 
 
 def _generation_config(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

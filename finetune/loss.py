@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ringspan.finetune.packing import IGNORED
-from ringspan.parallel.tensor import vocabulary_start
+from ringspan.parallel.tensor import vocabulary_rows
 from ringspan.parallel.tensor_moves import gather_tokens, sum_alike
 
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int, ignore: int = IGNORED) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, *, chunk: int, ignore: int = IGNORED
+) -> Tensor:
     """Return the sum over tokens of -log p(label), a scalar in fp32 (fp64 for fp64).
 
     The caller divides by the *global* count of scored tokens, which no rank can know from its shard.
@@ -29,7 +31,7 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, *, ch
         chunk: tokens whose logits exist at once.
     """
     flat, targets = hidden.flatten(0, 1), labels.flatten()
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = _wide(hidden)
     # Keeps the graph connected where a shard has no scored token.
     total = (flat[:1].sum() * 0).to(wide)
     for part, target in zip(flat.split(chunk), targets.split(chunk), strict=True):
@@ -69,7 +71,7 @@ class ChunkedLoss:
         if self._group is None:
             return chunked_cross_entropy(hidden, head, labels, chunk=self._chunk)
         flat, targets = gather_tokens(hidden, labels.shape[1], self._group).flatten(0, 1), labels.flatten()
-        total = (flat[:1].sum() * 0).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        total = (flat[:1].sum() * 0).to(_wide(hidden))
         for part, target in zip(flat.split(self._chunk), targets.split(self._chunk), strict=True):
             total = total + checkpoint(self._shared_sum, part, head, target, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
         return total
@@ -79,27 +81,25 @@ class ChunkedLoss:
         """Return -log p(label) [B, L], 0 where not scored, and whether the label is the likeliest token."""
         if self._group is not None:
             hidden = gather_tokens(hidden, labels.shape[1], self._group)
+        score = self._each if self._group is None else self._shared_each
         flat, targets = hidden.flatten(0, 1), labels.flatten()
-        losses, hits = [], []
-        for part, target in zip(flat.split(self._chunk), targets.split(self._chunk), strict=True):
-            if self._group is None:
-                logits = head(part)
-                losses.append(F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="none"))
-                hits.append(logits.argmax(-1) == target)
-            else:
-                loss, likeliest = self._shared_each(part, head, target)
-                losses.append(loss)
-                hits.append(likeliest == target)
-        return torch.cat(losses).view_as(labels), torch.cat(hits).view_as(labels)
+        parts = zip(flat.split(self._chunk), targets.split(self._chunk), strict=True)
+        losses, likeliest = zip(*(score(part, head, target) for part, target in parts), strict=True)
+        return torch.cat(losses).view_as(labels), (torch.cat(likeliest) == targets).view_as(labels)
+
+    def _each(self, hidden: Tensor, head: nn.Module, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        loss = F.cross_entropy(logits.to(_wide(logits)), target, ignore_index=IGNORED, reduction="none")
+        return loss, logits.argmax(-1)
 
     def _shared_sum(self, hidden: Tensor, head: nn.Module, target: Tensor) -> Tensor:
         return _vocabulary_parallel(hidden, head, target, self._group)[0].sum()
 
     def _shared_each(self, hidden: Tensor, head: nn.Module, target: Tensor) -> tuple[Tensor, Tensor]:
         loss, logits, top = _vocabulary_parallel(hidden, head, target, self._group)
-        best, index = logits.max(-1)
+        best, row = logits.max(-1)
         none = torch.iinfo(torch.int64).max
-        likeliest = torch.where(best == top, index + vocabulary_start(head), none)
+        likeliest = torch.where(best == top, row + vocabulary_rows(head).start, none)
         dist.all_reduce(likeliest, dist.ReduceOp.MIN, self._group)  # of equals the first, as argmax has it
         return loss, likeliest
 
@@ -113,11 +113,15 @@ def _vocabulary_parallel(
     """
     assert group is not None, "one rank has the whole vocabulary"
     logits = head(hidden)
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    logits = logits.to(_wide(logits))
     top = logits.detach().max(-1).values
     dist.all_reduce(top, dist.ReduceOp.MAX, group)
-    mine = target - vocabulary_start(head)
-    here = (mine >= 0) & (mine < logits.shape[1])
-    picked = logits.gather(1, torch.where(here, mine, 0)[:, None])[:, 0] * here
+    scored = target != IGNORED
+    row, here = vocabulary_rows(head).find(torch.where(scored, target, 0))
+    picked = logits.gather(1, row[:, None])[:, 0] * here
     exponentials, picked = sum_alike(torch.stack([(logits - top[:, None]).exp().sum(-1), picked]), group)
-    return (exponentials.log() + top - picked) * (target != IGNORED), logits, top
+    return torch.where(scored, exponentials.log() + top - picked, 0), logits, top
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -8,44 +8,74 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
 
 
-def write(folder: Path, names: Sequence[str], step: int) -> None:
-    """Write the manifest of these files of a folder."""
-    text = _text(step, {name: _measure(folder / name) for name in names})
-    (folder / NAME).write_text(text, encoding="utf-8")
+def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the manifest of all files of a folder and those below it.
+
+    Args:
+        facts: what else it says: the step, the mesh, versions.
+        known: by name, what ``measure`` returned where the file was written; the others are measured here.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: known.get(name) or measure(folder / name) for name in names if name != NAME}
+    (folder / NAME).write_text(_text({"format": 2, **facts, "files": files}), encoding="utf-8")
 
 
-def damage(folder: Path, names: Sequence[str]) -> str | None:
-    """Return what is wrong with a folder, None if every byte of these files is as written."""
+def read(folder: Path) -> dict[str, Any]:
+    """Return what the manifest says.
+
+    Raises:
+        ValueError: it is missing, or not as it was written.
+    """
     if not (folder / NAME).is_file():
-        return f"{NAME} is missing"
+        raise ValueError(f"{NAME} is missing")
     try:
         text = (folder / NAME).read_bytes().decode()
-        read = json.loads(text)
-        files = {name: read["files"][name] for name in names}
-        whole = text == _text(read["step"], files)
+        body = json.loads(text)
+        if not isinstance(body["files"], dict):
+            raise TypeError
+        del body["sha256"]
+        whole = text == _text(body)
     except (ValueError, KeyError, TypeError):
-        whole, files = False, {}
+        whole, body = False, {}
     if not whole:
-        return f"{NAME} is not as it was written"
-    for name, expected in files.items():
-        if not (folder / name).is_file():
+        raise ValueError(f"{NAME} is not as it was written")
+    return body
+
+
+def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Return what is wrong with a folder, None if every byte is as written.
+
+    Args:
+        share: (which, of how many) parts of the files to look at, where several ranks look together.
+    """
+    try:
+        files = read(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for number, (name, expected) in enumerate(sorted(files.items())):
+        if number % share[1] != share[0]:
+            continue
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{NAME} names {name!r}, outside the folder"
+        if not path.is_file():
             return f"{name} is missing"
-        found = (folder / name).stat().st_size
-        if found != expected["bytes"]:
-            return f"{name} has {found} bytes instead of {expected['bytes']}"
-        if _measure(folder / name) != expected:
+        if (found := path.stat().st_size) != expected.get("bytes"):
+            return f"{name} has {found} bytes instead of {expected.get('bytes')}"
+        if measure(path) != expected:
             return f"{name} has the right size and a wrong sha256"
     return None
 
 
-def _measure(path: Path) -> dict[str, Any]:
+def measure(path: Path) -> dict[str, Any]:
+    """Return the size and sha256 of a file."""
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -53,8 +83,7 @@ def _measure(path: Path) -> dict[str, Any]:
         }
 
 
-def _text(step: int, files: Mapping[str, Any]) -> str:
-    body = {"format": 1, "step": step, "files": files}
+def _text(body: Mapping[str, Any]) -> str:
     # With its own checksum, a manifest is whole only if writing it anew gives the same text.
     own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": own}, indent=1) + "\n"

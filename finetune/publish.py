@@ -38,17 +38,17 @@ def new_folder(target: Path, *, needed: int, leftovers: str, remedy: str) -> Ite
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in parent.glob(leftovers):
-            _remove(leftover)
+            remove(leftover)
         check_space(needed, shutil.disk_usage(parent).free, target, remedy)
         temporary.mkdir()
         yield temporary
-        _sync_tree(temporary)
-        _put(temporary, target)
+        sync_tree(temporary)
+        put(temporary, target)
     except (OSError, SafetensorError) as error:
         # safetensors has one exception for everything: only its I/O errors are the machine's.
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise
-        raise Fault(_failure(error, target, needed, remedy)) from error
+        raise Fault(failure(error, target, needed, remedy)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -84,14 +84,15 @@ def size(count: int) -> str:
     return f"{value:.1f} TiB"
 
 
-def _remove(leftover: Path) -> None:
+def remove(leftover: Path) -> None:
+    """Remove a file or a folder."""
     if leftover.is_dir():
         shutil.rmtree(leftover, ignore_errors=True)
     else:
         leftover.unlink(missing_ok=True)
 
 
-def _put(temporary: Path, target: Path) -> None:
+def put(temporary: Path, target: Path) -> None:
     """Rename onto target; an older one steps aside first, a rename cannot replace it."""
     aside = target.parent / f".{target.name}.{os.getpid()}.old.tmp"
     replaces = target.exists()
@@ -107,7 +108,8 @@ def _put(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _failure(error: Exception, target: Path, needed: int, remedy: str) -> str:
+def failure(error: Exception, target: Path, needed: int, remedy: str) -> str:
+    """Return one line that says what could not be written, why, and what would help."""
     reason = " ".join(str(error).split())
     free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
     return (
@@ -116,10 +118,11 @@ def _failure(error: Exception, target: Path, needed: int, remedy: str) -> str:
     )
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
+def sync_tree(path: Path) -> None:
+    """Flush a file, or a folder and all below it, to the disk."""
+    for below in sorted(path.rglob("*")) if path.is_dir() else ():
+        _sync(below)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -41,7 +41,7 @@ def train(config: Config, place: Place, stage: Stage) -> int:
     """Train from the start or the latest checkpoint to the last step; evaluate, save, export, report."""
     first, folder = place.rank == 0, Path(config.train.output_dir)
     tokenizer = together(place.group, "tokenizer", lambda: read_tokenizer(build.tokenizer_path(config)))
-    saved = together(place.group, "checkpoint", lambda: saving.find(config, place))
+    saved = saving.find(config, place)
     evaluation = Evaluation(config, place, tokenizer, folder, resumed=saved is not None)
     if saved is None and config.eval.before:
         evaluation.before(build.untouched_judge(config, place))
@@ -70,10 +70,10 @@ def train(config: Config, place: Place, stage: Stage) -> int:
                 if tracker is not None and say:
                     tracker.log(state.step, row)
                 console.step(state.step, _told(row), say)
-                saver.step(now=last)
+                saver.step(last=last)
         console.line(f"data: {state.stream.counts}")
         evaluation.after(judge, state.trained, meter.summary(), console.line)
-        saving.export(config, place, state, tokenizer, folder / "export")
+        saving.export(place, state, tokenizer, folder / "export")
     except BaseException:
         if tracker is not None:
             tracker.finish(exit_code=FAILED)

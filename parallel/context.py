@@ -144,7 +144,7 @@ class SequenceContext:
         return (
             f"batch {shape} digest {digest.hexdigest()[:16]}, documents {documents}, {self.layout}, {self.strategy}, "
             f"mask {self.mask}, keep_attention {self.keep_attention}, gradients {self.gradient_dtype}, "
-            f"costs {self.costs}, debug {self.debug}"
+            f"costs {self.costs}, debug {self.debug}, KV heads from {self.first_kv_head} of {self.total_kv_heads}"
         )
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 def shard_parameters(
@@ -61,7 +61,8 @@ def sum_gradients(
     """Replace each gradient by its sum over ``group``, in place; a missing one counts as zero.
 
     The loss is a sum over local tokens divided by the global count, so ranks' gradients are added, never averaged.
-    Where parameters are sharded over other ranks, their shards are summed. Small gradients travel together in fp32 (fp64 stays) buckets of at most ``bucket_bytes``.
+    Where parameters are sharded over other ranks, their shards are summed. Small gradients travel together in fp32
+    (fp64 stays) buckets of at most ``bucket_bytes``.
     """
     if group is None or dist.get_world_size(group) == 1:
         return

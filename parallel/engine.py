@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ringspan.parallel.gradients import Sums, copies, local, scale, square_sum, total
+from ringspan.parallel.gradients import Sums, scale, square_sum, total
+from ringspan.parallel.optimizer_state import restore_state, state_tensors
 from ringspan.parallel.parallelize import Parallel
 from ringspan.parallel.scorer import Batch, Runner
 from ringspan.parallel.tensor import sum_replicated
+
+
+class Saved(Protocol):
+    """A checkpoint's tensors; ``finetune.shards.Reader`` is one."""
+
+    tensors: Mapping[str, Any]
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors of this rank, sharded in whatever way, in place."""
+        ...
 
 
 class Engine(Runner, Protocol):
@@ -39,8 +50,20 @@ class Engine(Runner, Protocol):
         """Yield what this rank holds, in whole or in part, under the names of the stock model."""
         ...
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules that hold them, under the names of the stock model."""
+        ...
+
     def gradient(self, name: str) -> Tensor | None:
-        """Return the whole gradient of one of ``named_parameters``, after ``finish``; all ranks that hold it call this."""
+        """Return the whole gradient of one of ``named_parameters``, after ``finish``; all ranks that hold it call."""
+        ...
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return what this rank has to save, by name: model/NAME and optimizer/NAME/KEY, sharded as they are."""
+        ...
+
+    def restore(self, saved: Saved) -> None:
+        """Put back what all ranks of some mesh have saved."""
         ...
 
 
@@ -81,6 +104,10 @@ class Sharded:
         """See ``Engine``."""
         return self.parallel.named_parameters()
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """See ``Engine``."""
+        return self.parallel.named_modules()
+
     def finish(self, loss: Tensor) -> Sums:
         """See ``Engine``."""
         mesh, pipeline = self.parallel.mesh, self.parallel.pipeline
@@ -111,13 +138,36 @@ class Sharded:
         grad = dict(self.named_parameters())[name].grad
         return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
-    def writes(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the one to save its part of a parameter, of those outside its mesh that hold the same."""
+    def saved(self) -> dict[str, Tensor]:
+        """See ``Engine``."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        state = state_tensors(self.optimizer, named)
+        whole = self._place_is_zero()  # of what every rank of a stage has whole, one writes
+        mine = {f"optimizer/{name}": value for name, value in state.items() if value.dim() > 0 or whole}
+        written = {name for name, parameter in named if self._writes(name, parameter)}
+        mine = {name: value for name, value in mine.items() if name.split("/")[1] in written or value.dim() == 0}
+        return {f"model/{name}": p.detach() for name, p in named if name in written} | mine
+
+    def restore(self, saved: Saved) -> None:
+        """See ``Engine``."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        saved.fill({f"model/{name}": parameter.detach() for name, parameter in named})
+        shapes = {name: entry.size for name, entry in saved.tensors.items() if name.startswith("optimizer/")}
+        restore_state(self.optimizer, ((f"optimizer/{name}", p) for name, p in named), shapes, saved.fill)
+
+    def _writes(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether this rank saves its part of a parameter, of those that hold the same part."""
         mesh = self.parallel.mesh
-        if mesh is None or name in self.parallel.copies:
-            return mesh is None
-        axes = set(parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else set()
-        return all(mesh.place[axis] == 0 for axis in ("dp_replicate", "dp_shard_cp", "tp") if axis not in axes)
+        if name in self.parallel.copies:
+            return False
+        if mesh is None:
+            return True
+        sharded: set[str] = set()
+        if isinstance(parameter, DTensor):
+            names = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
+            sharded = {axis for axis, placement in names if not placement.is_replicate()}
+        return all(mesh.place[axis] == 0 for axis in ("dp_replicate", "dp_shard_cp", "tp") if axis not in sharded)
 
-
-__all__ = ["Engine", "Sharded", "copies", "local"]
+    def _place_is_zero(self) -> bool:
+        mesh = self.parallel.mesh
+        return mesh is None or not any(mesh.place[axis] for axis in ("dp_replicate", "dp_shard_cp", "tp"))

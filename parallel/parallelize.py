@@ -29,6 +29,7 @@ class Parallel:
     runner: Runner
     mesh: Mesh | None
     named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
+    named_modules: Callable[[], Iterator[tuple[str, nn.Module]]]
     copies: frozenset[str] = frozenset()
     pipeline: Pipeline | None = None
 
@@ -100,7 +101,7 @@ def parallelize(
     if mesh is None or mesh.sizes.pp == 1:
         scorer = Scorer(model, loss)
         prepare(scorer, list(parts.layers))
-        return Parallel(Direct(scorer), mesh, model.named_parameters)
+        return Parallel(Direct(scorer), mesh, model.named_parameters, model.named_modules)
     assert staging is not None, "a mesh with pipeline stages needs staging"
     pipeline = Pipeline(
         model,
@@ -114,4 +115,4 @@ def parallelize(
         tp=(mesh.sizes.tp, mesh.place["tp"]),
         prepare=prepare,
     )
-    return Parallel(pipeline, mesh, pipeline.named_parameters, pipeline.copies, pipeline)
+    return Parallel(pipeline, mesh, pipeline.named_parameters, pipeline.named_modules, pipeline.copies, pipeline)

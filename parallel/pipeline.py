@@ -161,6 +161,11 @@ class Pipeline:
         for stage in self.stages.values():
             yield from stage.named_weights()
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this rank's modules under the whole model's names; a tied head is left to the first stage."""
+        for stage in self.stages.values():
+            yield from stage.named_parts()
+
     def sum_tied(self) -> None:
         """Give both copies of a tied embedding the sum of their gradients, added in one order; once a step."""
         ends = {0: self.stages.get(0), self._stages - 1: self.stages.get(self._stages - 1)}

@@ -68,13 +68,22 @@ class Stage(nn.Module):
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield this stage's parameters under the whole model's names; a tied head under the embedding's."""
         for name, parameter in self.named_parameters():
-            part, rest = name.split(".", 1)
-            if part == "decoder" and rest.startswith("layers."):
-                _, index, rest = rest.split(".", 2)
-                rest = f"layers.{int(index) + self.run.start}.{rest}"
-            full = f"{self._names[part]}.{rest}"
-            tied = self.tied and part == "head" and full == f"{self._names['head']}.weight"
+            full = self._whole_name(name)
+            tied = self.tied and full == f"{self._names['head']}.weight"
             yield (self._embedding if tied else full), parameter
+
+    def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this stage's modules that have weights of their own, or adapters, under the whole model's names."""
+        for name, module in self.named_modules():
+            if name and not (self.tied and not self.first and module is self.head):
+                yield self._whole_name(name), module
+
+    def _whole_name(self, name: str) -> str:
+        part, _, rest = name.partition(".")
+        if part == "decoder" and rest.startswith("layers."):
+            _, index, *below = rest.split(".", 2)
+            rest = ".".join(["layers", str(int(index) + self.run.start), *below])
+        return f"{self._names[part]}.{rest}" if rest else self._names[part]
 
     @property
     def embedding(self) -> str:

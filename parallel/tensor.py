@@ -1,32 +1,33 @@
 """Tensor parallelism: the ranks of a group share every layer's heads and features, and the vocabulary.
 
-Weights that are shared out are DTensors; activations are plain tensors, and a module with such weights runs its own forward
-on its rank's part of them. So attention, and everything else a model's code does, sees local heads and knows of nothing.
-Between blocks a hidden state is a shard of the tokens (``tensor_moves``); what is not shared out, norms or a mixture of
-experts, works there, on its own tokens.
+Weights that are shared out are DTensors; activations are plain tensors, and a module with such weights runs its own
+forward on its rank's part of them (``tensor_weights``). So attention, and everything else a model's code does, sees
+local heads and knows of nothing. Between blocks a hidden state is a shard of the tokens (``tensor_moves``); what is not
+shared out, norms or a mixture of experts, works there, on its own tokens.
 
-The one rule for gradients: a weight that is not shared out has on each rank the gradient of what that rank computed, and
-``sum_replicated`` adds them up after the backward pass.
+The one rule for gradients: a weight that is not shared out has on each rank the gradient of what that rank computed
+(its tokens, or its heads), and ``sum_replicated`` adds them up after the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ringspan.parallel.data import sum_gradients
 from ringspan.parallel.parts import Parts, parts_of
 from ringspan.parallel.tensor_moves import gather_tokens, scatter_sum
+from ringspan.parallel.tensor_weights import AXIS, Rows, cut, is_cut, rows_of, run_locally
 
+_ATTENDS = "self_attn"  # the block of a layer whose tokens look at each other
 # Where transformers has no plan for a model (gpt-oss): its attention.
-_ATTENTION = {f"layers.*.self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"}
+_ATTENTION = {f"layers.*.{_ATTENDS}.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"}
 _STAYS = {"replicated_with_grad_allreduce"}  # norms of heads: each rank has the gradient of its own heads
 _EXPERTS = ".experts"  # a mixture of experts works on token shards
 
@@ -35,14 +36,14 @@ def check_tensor(config: Any, tp: int) -> None:
     """Check that ``tp`` ranks can share the layers of a transformers text config.
 
     Raises:
-        ValueError: names the size that does not divide.
+        ValueError: names the size that does not divide, or what the model's plan asks for and is not supported.
     """
     heads = int(config.num_attention_heads)
     sizes = {
         "query heads": heads,
         "KV heads": int(getattr(config, "num_key_value_heads", None) or heads),
     }
-    if any(".mlp." in name and _EXPERTS not in name for name in _plan(config)):
+    if any(".mlp." in name for name in _plan(config)):
         sizes["MLP features (intermediate_size)"] = int(config.intermediate_size)
     for name, size in sizes.items():
         if size % tp:
@@ -51,43 +52,58 @@ def check_tensor(config: Any, tp: int) -> None:
                 f"tp: {tp} ranks cannot share {size} {name}: {size} / {tp} is no whole number; "
                 f"give one of {', '.join(map(str, divisors))}"
             )
-    if config.vocab_size < tp:
-        raise ValueError(f"tp: {tp} ranks cannot share a vocabulary of {config.vocab_size}")
+    last = rows_of(config.vocab_size, tp, tp - 1)
+    if last.start == last.stop:
+        raise ValueError(
+            f"tp: {tp} ranks cannot share a vocabulary of {config.vocab_size}: in parts of "
+            f"{-(-config.vocab_size // tp)} the last rank has none; give fewer ranks"
+        )
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Share out the layers, embedding and head of a causal LM over a 1-D mesh, in place.
+    """Share out the layers, embedding and head of a causal LM over a 1-D mesh named "tp", in place.
 
-    Every rank holds the same weights when it calls this, and keeps its part. Under LoRA the adapters are cut with their
-    layer. Dropout of adapters needs the same random state on all ranks of the mesh.
+    Every rank holds the same weights when it calls this, and keeps its part. A LoRA is cut with its layer: of a layer
+    cut by outputs the half that makes them, of one cut by inputs the half that takes them. Its dropout needs the same
+    random state on all ranks of the mesh: the caller seeds them alike.
 
     Raises:
-        ValueError: for sizes that do not divide, or a model whose plan is not understood.
+        ValueError: for sizes that do not divide, and by name for what cannot be cut; the model is then as it was.
     """
+    if mesh.ndim != 1 or mesh.mesh_dim_names != (AXIS,):
+        raise ValueError(f"mesh: {mesh.ndim}-D with names {mesh.mesh_dim_names}; give a 1-D mesh named {AXIS!r}")
     parts = parts_of(model)
     check_tensor(parts.config, mesh.size())
-    _share_vocabulary(parts, mesh)
     plan = _plan(parts.config)
-    for layer in parts.layers:
+    found = [_blocks(layer, index, plan) for index, layer in enumerate(parts.layers)]
+    _check_vocabulary(parts)
+    _share_vocabulary(parts, mesh)
+    for layer, blocks in zip(parts.layers, found, strict=True):
         tokens = _Tokens()
         layer.register_forward_pre_hook(tokens.note, with_kwargs=True)
-        for name, block in layer.named_children():
-            prefix = f"layers.*.{name}."
-            ways = {key.removeprefix(prefix): how for key, how in plan.items() if key.startswith(prefix)}
-            ways = {child: how for child, how in ways.items() if isinstance(getattr(block, child, None), nn.Module)}
-            if ways:
-                _share_block(block, ways, tokens, mesh)
+        for name, ways in blocks.items():
+            _share_block(layer.get_submodule(name), ways, tokens, mesh, whole=name != _ATTENDS)
 
 
 def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum over ``group`` the gradients of all parameters that are not shared out over it, in place."""
-    sum_gradients([p for p in parameters if not _shared(p)], group)
+    """Sum over ``group`` the gradients of all parameters that are not shared out over it, in place.
+
+    Where FSDP has cut a parameter over other ranks, their parts are summed.
+    """
+    sum_gradients([p for p in parameters if not is_cut(p)], group)
 
 
-def vocabulary_start(head: nn.Module) -> int:
-    """Return the first token of the vocabulary that this rank's part of the head scores."""
+def vocabulary_rows(head: nn.Module) -> Rows:
+    """Return which tokens of the vocabulary this rank's part of the head scores.
+
+    Raises:
+        ValueError: if the head is not shared out.
+    """
     weight: Any = _base(head).weight
-    return _range(weight.shape[0], weight.device_mesh["tp"] if weight.device_mesh.ndim > 1 else weight.device_mesh)[0]
+    if not isinstance(weight, DTensor) or not is_cut(weight):
+        raise ValueError(f"head: {type(head).__name__} is not shared out; call shard_layers first, or give no group")
+    mesh = weight.device_mesh[AXIS] if weight.device_mesh.ndim > 1 else weight.device_mesh
+    return rows_of(weight.shape[0], mesh.size(), mesh.get_local_rank())
 
 
 class _Tokens:
@@ -97,7 +113,11 @@ class _Tokens:
         self.count = 0
 
     def note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del layer, args
+        del args
+        if kwargs.get("position_ids") is None:
+            raise ValueError(
+                f"tp: {type(layer).__name__} is called without position_ids, which tell how many tokens it has"
+            )
         self.count = kwargs["position_ids"].shape[-1]
 
 
@@ -117,14 +137,42 @@ def _plan(config: Any) -> dict[str, str]:
     return plan
 
 
-def _share_block(block: nn.Module, ways: dict[str, str], tokens: _Tokens, mesh: DeviceMesh) -> None:
-    """Cut a block's projections; it gets all tokens, and what its last projection gives is summed and scattered."""
+def _blocks(layer: nn.Module, index: int, plan: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return the blocks of a layer whose projections are cut, and how each of them is.
+
+    Raises:
+        ValueError: by name for what cannot be cut.
+    """
+    found = {}
+    for name, block in layer.named_children():
+        prefix = f"layers.*.{name}."
+        ways = {key.removeprefix(prefix): how for key, how in plan.items() if key.startswith(prefix)}
+        # A mixture of experts in the place of an MLP has none of its projections.
+        ways = {child: how for child, how in ways.items() if isinstance(getattr(block, child, None), nn.Module)}
+        if not ways:
+            continue
+        where = f"layers.{index}.{name}"
+        for child in ways:
+            _check_linear(getattr(block, child), f"{where}.{child}")
+        if sorted(ways.values()).count("rowwise") != 1:
+            raise ValueError(f"tp: {where} has not one projection whose results are summed, but {ways}; use tp=1")
+        for own, _ in block.named_parameters(recurse=False):
+            if own != "sinks":
+                raise ValueError(f"tp: {where} has a parameter {own} of its own, which is not supported; use tp=1")
+        found[name] = ways
+    if _ATTENDS not in found:  # it would take a rank's tokens for all there are
+        raise ValueError(f"tp: layers.{index} has no attention that transformers says how to cut; use tp=1")
+    return found
+
+
+def _share_block(block: nn.Module, ways: dict[str, str], tokens: _Tokens, mesh: DeviceMesh, *, whole: bool) -> None:
+    """Cut a block's projections; it gets all tokens, and what its last projection gives is summed and scattered.
+
+    With ``whole`` this is what the block returns, and is scattered there: an MLP may so take a few tokens at a time.
+    """
     group = mesh.get_group()
     for child, how in ways.items():
-        module = block.get_submodule(child)
-        (_cut_rows if how == "rowwise" else _cut_columns)(module, mesh)
-        if how == "rowwise":
-            module.register_forward_hook(lambda _, __, out: scatter_sum(out, group))
+        (_cut_inputs if how == "rowwise" else _cut_outputs)(getattr(block, child), mesh)
 
     def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         del module
@@ -133,107 +181,94 @@ def _share_block(block: nn.Module, ways: dict[str, str], tokens: _Tokens, mesh: 
         return args, {**kwargs, "hidden_states": gather_tokens(kwargs["hidden_states"], tokens.count, group)}
 
     block.register_forward_pre_hook(gather, with_kwargs=True)
+    last = next(getattr(block, child) for child, how in ways.items() if how == "rowwise")
+    (block if whole else last).register_forward_hook(lambda _, __, out: scatter_sum(out, group))
     if isinstance(getattr(block, "sinks", None), nn.Parameter):  # one for each query head
-        _cut(block, "sinks", 0, mesh)
-        _run_locally(block)
+        cut(block, "sinks", 0, mesh)
+        run_locally(block)
 
 
-def _cut_columns(module: nn.Module, mesh: DeviceMesh) -> None:
+def _cut_outputs(module: nn.Module, mesh: DeviceMesh) -> None:
     """Cut a projection by its output features; of an adapter, the half that makes them."""
     base = _base(module)
-    _cut(base, "weight", 0, mesh)
+    cut(base, "weight", 0, mesh)
     if base.bias is not None:
-        _cut(base, "bias", 0, mesh)
-    _run_locally(base)
+        cut(base, "bias", 0, mesh)
+    run_locally(base)
     for adapter in _adapters(module, "lora_B"):
-        _cut(adapter, "weight", 0, mesh)
-        _run_locally(adapter)
+        cut(adapter, "weight", 0, mesh)
+        run_locally(adapter)
 
 
-def _cut_rows(module: nn.Module, mesh: DeviceMesh) -> None:
+def _cut_inputs(module: nn.Module, mesh: DeviceMesh) -> None:
     """Cut a projection by its input features; its results are partial sums, and one rank adds the bias."""
     base = _base(module)
-    _cut(base, "weight", 1, mesh)
-    _run_locally(base, bias_factor=float(mesh.get_local_rank() == 0))
+    cut(base, "weight", 1, mesh)
+    run_locally(base, bias_factor=float(mesh.get_local_rank() == 0))
     for adapter in _adapters(module, "lora_A"):
-        _cut(adapter, "weight", 1, mesh)
-        _run_locally(adapter)
+        cut(adapter, "weight", 1, mesh)
+        run_locally(adapter)
+
+
+def _check_vocabulary(parts: Parts) -> None:
+    if not isinstance(parts.embed, nn.Embedding):
+        raise ValueError(f"tp: the embedding is a {type(parts.embed).__name__}; adapters on it are not supported")
+    _check_linear(parts.head, "the head")
+    if parts.tied and _base(parts.head) is not parts.head:
+        raise ValueError("tp: an adapter on a head that shares its weight with the embedding is not supported")
 
 
 def _share_vocabulary(parts: Parts, mesh: DeviceMesh) -> None:
     """Cut embedding and head by the vocabulary; a weight they share stays one."""
-    embed, head, tied = parts.embed, parts.head, parts.tied
-    if not isinstance(embed, nn.Embedding):
-        raise ValueError(f"tp: the embedding is a {type(embed).__name__} (an adapter?), which cannot be shared out")
-    start, stop = _range(embed.num_embeddings, mesh)
-    if not tied:
-        _cut_columns(head, mesh)
-    _cut(embed, "weight", 0, mesh)
+    embed: Any = parts.embed
+    tied, group = parts.tied, mesh.get_group()
+    rows = rows_of(embed.num_embeddings, mesh.size(), mesh.get_local_rank())
+    cut(embed, "weight", 0, mesh)
     if tied:
-        head.weight = embed.weight
-        _run_locally(head)
+        parts.head.weight = embed.weight
+        if getattr(parts.head, "bias", None) is not None:
+            cut(parts.head, "bias", 0, mesh)
+        run_locally(parts.head)
+    else:
+        _cut_outputs(parts.head, mesh)
     if embed.padding_idx is not None:  # its row gets no gradient
-        embed.padding_idx = embed.padding_idx - start if start <= embed.padding_idx < stop else None
-    _run_locally(embed)
-    look_up, group = embed.forward, mesh.get_group()
+        embed.padding_idx = embed.padding_idx - rows.start if rows.start <= embed.padding_idx < rows.stop else None
+    run_locally(embed)
+    look_up = embed.forward
 
     @wraps(look_up)
     def forward(input: Tensor) -> Tensor:
-        here = (input >= start) & (input < stop)
-        rows = look_up(torch.where(here, input - start, 0))
-        return scatter_sum(rows * here[..., None], group)
+        row, here = rows.find(input)
+        return scatter_sum(look_up(row) * here[..., None], group)
 
     embed.forward = forward
 
 
-def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
-    whole = getattr(module, name)
-    # Every rank has the whole: no source, so that nothing is sent.
-    part = distribute_tensor(whole.detach(), mesh, [Shard(dim)], src_data_rank=None)
-    setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+def _check_linear(module: nn.Module, where: str) -> None:
+    """Check that a projection is a linear layer, perhaps with a plain LoRA.
+
+    Raises:
+        ValueError: if not.
+    """
+    base = _base(module)
+    if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+        raise ValueError(f"tp: {where} is a {type(base).__name__} of {_dtype(base)}; only plain linear layers are cut")
+    if base is module:
+        return
+    halves = [*_adapters(module, "lora_A"), *_adapters(module, "lora_B")]
+    biased = any(getattr(half, "bias", None) is not None for half in halves)
+    if not halves or biased or getattr(module, "lora_variant", None):
+        raise ValueError(f"tp: {where} has an adapter that is no plain LoRA (DoRA, lora_bias and others); use tp=1")
 
 
-def _run_locally(module: nn.Module, bias_factor: float | None = None) -> None:
-    """Let a module's forward find its rank's part of each weight in its place."""
-    run: Callable[..., Any] = module.forward
-
-    @wraps(run)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        held = dict(module._parameters)
-        try:
-            for name, parameter in held.items():
-                if isinstance(parameter, DTensor):
-                    module._parameters[name] = parameter.to_local()  # pyright: ignore[reportArgumentType]
-                elif name == "bias" and parameter is not None and bias_factor is not None:
-                    module._parameters[name] = parameter * bias_factor  # pyright: ignore[reportArgumentType]
-            return run(*args, **kwargs)
-        finally:
-            module._parameters.update(held)
-
-    module.forward = forward
+def _dtype(module: Any) -> str:
+    return str(getattr(getattr(module, "weight", None), "dtype", "no dtype")).removeprefix("torch.")
 
 
 def _base(module: nn.Module) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # pyright: ignore[reportCallIssue]
 
 
-def _adapters(module: nn.Module, half: str) -> Iterator[nn.Module]:
+def _adapters(module: nn.Module, half: str) -> list[nn.Module]:
     held = getattr(module, half, None)
-    return iter(held.values()) if isinstance(held, nn.ModuleDict) else iter(())
-
-
-def _shared(parameter: Tensor) -> bool:
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return any(
-        name == "tp" and not isinstance(placement, Replicate)
-        for name, placement in zip(names, parameter.placements, strict=True)
-    )
-
-
-def _range(size: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """Return which of ``size`` rows this rank holds, as ``Shard(0)`` cuts."""
-    chunk = -(-size // mesh.size())
-    start = min(size, mesh.get_local_rank() * chunk)
-    return start, min(size, start + chunk)
+    return list(held.values()) if isinstance(held, nn.ModuleDict) else []

@@ -1,8 +1,8 @@
 """What tensor parallel ranks send each other: token shards gathered, partial sums scattered; each the other's backward.
 
 Between blocks a hidden state is a shard of this rank's tokens, so that norms and residuals are computed and kept once
-(sequence parallelism, Korthikanti et al. 2022, section 4.2.2). Shards differ by one token where the tokens do not divide;
-padding stays inside the transport.
+(sequence parallelism, Korthikanti et al. 2022, section 4.2.2). Shards differ by one token where the tokens do not
+divide, and may be empty; padding stays inside the transport.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed them, and warns of the old names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def shares(tokens: int, ranks: int) -> list[int]:
     """Return how many of ``tokens`` each rank holds: the first ones one more, where they do not divide."""
@@ -20,7 +24,11 @@ def shares(tokens: int, ranks: int) -> list[int]:
 
 
 def gather_tokens(x: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:
-    """Return all ``tokens`` [B, L, E] of the shards x [B, l, E]; the backward sums gradients and scatters them."""
+    """Return all ``tokens`` [B, L, E] of the shards x [B, l, E]; the backward sums gradients and scatters them.
+
+    Raises:
+        ValueError: if x is not this rank's share.
+    """
     return _Gather.apply(x, tokens, group)  # pyright: ignore[reportReturnType]
 
 
@@ -71,19 +79,26 @@ class _Sum(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:
-    sizes = shares(tokens, dist.get_world_size(group))
+    sizes, rank = shares(tokens, dist.get_world_size(group)), dist.get_rank(group)
+    if x.shape[1] != sizes[rank]:
+        raise ValueError(
+            f"x: {x.shape[1]} tokens on rank {rank} of {len(sizes)}, whose share of {tokens} is {sizes[rank]}"
+        )
     mine = _padded(x, sizes[0])
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine, group=group)
+    parts = mine.new_empty(len(sizes) * mine.shape[0], *mine.shape[1:])
+    _all_gather(parts, mine, group=group)
+    parts = parts.unflatten(0, (len(sizes), -1))
+    if sizes[0] == sizes[-1]:
+        return parts.transpose(0, 1).flatten(1, 2)  # for one row a view
     return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
 
 def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     sizes = shares(x.shape[1], dist.get_world_size(group))
     wide = x if x.dtype == torch.float64 else x.float()  # sums of bf16 would round at every rank
-    parts = [_padded(part, sizes[0]) for part in wide.split(sizes, dim=1)]
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter(mine, parts, group=group)
+    parts = torch.cat([_padded(part, sizes[0]) for part in wide.split(sizes, dim=1)])
+    mine = parts.new_empty(x.shape[0], *parts.shape[1:])
+    _reduce_scatter(mine, parts, group=group)
     return mine[:, : sizes[dist.get_rank(group)]].to(x.dtype)
 
 
