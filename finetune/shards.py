@@ -27,9 +27,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
-from typing_extensions import override
 
 from ringspan.finetune import manifest
 from ringspan.parallel.faults import Fault
@@ -79,7 +76,7 @@ def file_of(table: Path) -> dict[str, Any]:
     return json.loads(table.read_text(encoding="utf-8"))["file"]
 
 
-class Reader(StorageReader):
+class Reader:
     """What a checkpoint's folder holds; reads boxes of it.
 
     Raises:
@@ -120,7 +117,8 @@ class Reader(StorageReader):
                 )
         if tensors:
             planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-            dcp.load(dict(tensors), storage_reader=self, planner=planner, no_dist=True)
+            planner.set_up_planner(dict(tensors), Metadata(dict(self.tensors)), is_coordinator=True)
+            self._read(planner.finish_plan(planner.create_global_plan([planner.create_local_plan()])[0]), planner)
 
     def _note(self, piece: Piece, file: str) -> None:
         dtype = getattr(torch, piece.dtype)
@@ -135,12 +133,8 @@ class Reader(StorageReader):
             entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
         self._where[piece.name, tuple(offsets)] = (file, piece.key)
 
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(dict(self.tensors))
-
-    @override
-    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+    def _read(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> None:
+        """Copy the boxes of a plan to where they belong, a file at a time."""
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             file, _ = self._find(item.storage_index)
@@ -156,28 +150,6 @@ class Reader(StorageReader):
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(stored[box] if box else opened.get_tensor(self._find(item.storage_index)[1]))
                     planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
     def _find(self, index: MetadataIndex) -> tuple[str, str]:
         return self._where[index.fqn, tuple(index.offset or ())]
-
-    @override
-    def reset(self, checkpoint_id: Any = None) -> None: ...
-
-    @override
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    @override
-    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
-        return plan
-
-    @override
-    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
-        return plans
-
-    @classmethod
-    @override
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True

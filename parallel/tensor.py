@@ -211,8 +211,10 @@ def _cut_inputs(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _check_vocabulary(parts: Parts) -> None:
-    if not isinstance(parts.embed, nn.Embedding):
-        raise ValueError(f"tp: the embedding is a {type(parts.embed).__name__}; adapters on it are not supported")
+    embed = type(parts.embed)
+    if not issubclass(embed, nn.Embedding):
+        library = embed.__module__.partition(".")[0]
+        raise ValueError(f"tp: the embedding is a {embed.__name__} of {library}; adapters on it are not supported")
     _check_linear(parts.head, "the head")
     if parts.tied and _base(parts.head) is not parts.head:
         raise ValueError("tp: an adapter on a head that shares its weight with the embedding is not supported")

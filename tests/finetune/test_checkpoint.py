@@ -5,30 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import filled as _save
+from checkpoints import load, save
 from torch import Tensor
 
-from ringspan.finetune import checkpoint, publish
+from ringspan.finetune import checkpoint, manifest, publish
+from ringspan.finetune.shards import Reader
 from ringspan.parallel.faults import Fault
 
-FILES = [
-    "model.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "state.json",
-    "manifest.json",
-]
-
-
-def _save(folder: Path, step: int, *, keep: int = 3, value: float = 1.0, numel: int = 64) -> Path:
-    return checkpoint.save(
-        folder,
-        step,
-        model={"w": torch.full((numel,), value)},
-        optimizer={"w.exp_avg": torch.full((numel,), value + 0.5)},
-        state={"data": {"position": step}},
-        rng={"cpu": torch.get_rng_state()},
-        keep=keep,
-    )
+FILES = ["rank0000.safetensors", "rank0000.json", "state.json", "manifest.json"]
 
 
 def _names(folder: Path) -> set[str]:
@@ -36,27 +21,29 @@ def _names(folder: Path) -> set[str]:
 
 
 def test_round_trip_keeps_every_bit_and_dtype(tmp_path: Path) -> None:
-    model = {
-        "w.weight": torch.randn(3, 5, dtype=torch.bfloat16),
-        "transposed": torch.randn(4, 6).T,
-        "empty": torch.zeros(0, 3),
-        "scalar": torch.tensor(2.5, dtype=torch.float64),
-        "nan": torch.tensor([float("nan"), -0.0, float("inf")]),
+    tensors = {
+        "model/w.weight": torch.randn(3, 5, dtype=torch.bfloat16),
+        "model/transposed": torch.randn(4, 6).T,
+        "model/empty": torch.zeros(0, 3),
+        "model/scalar": torch.tensor(2.5, dtype=torch.float64),
+        "model/nan": torch.tensor([float("nan"), -0.0, float("inf")]),
+        "optimizer/w.weight/step": torch.tensor(7.0),
+        "rng/0/cpu": torch.get_rng_state(),
+        "rng/1/cpu": torch.arange(5, dtype=torch.uint8),
     }
-    optimizer = {"w.weight.step": torch.tensor(7.0)}
     state = {"schedule": {"last_lr": [0.1 + 0.2]}, "counters": {"tokens": 2**40}, "none": None}
-    rng = {"cpu.0": torch.get_rng_state(), "cpu.1": torch.arange(5, dtype=torch.uint8)}
-    path = checkpoint.save(tmp_path / "c", 7, model=model, optimizer=optimizer, state=state, rng=rng, keep=1)
-    back = checkpoint.load(tmp_path / "c")
+    path = save(tmp_path / "c", 7, tensors, state, keep=1)
+    back = load(tmp_path / "c")
     assert path == back.path == tmp_path / "c" / "step-000007"
     assert (back.step, back.state) == (7, state)
     assert _names(path) == set(FILES)
-    for before, after in ((model, back.model), (optimizer, back.optimizer), (rng, back.rng)):
-        assert set(before) == set(after)
-        for name, tensor in before.items():
-            assert after[name].dtype == tensor.dtype
-            assert after[name].shape == tensor.shape
-            assert _bits(after[name]) == _bits(tensor)
+    assert set(tensors) == set(back.tensors)
+    for name, tensor in tensors.items():
+        assert back.tensors[name].dtype == tensor.dtype
+        assert back.tensors[name].shape == tensor.shape
+        assert _bits(back.tensors[name]) == _bits(tensor)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["step"], manifest["mesh"]) == (7, "one rank")
 
 
 def _bits(tensor: Tensor) -> bytes:
@@ -66,15 +53,76 @@ def _bits(tensor: Tensor) -> bytes:
 def test_tensors_that_share_a_storage_are_saved_whole(tmp_path: Path) -> None:
     whole = torch.arange(10.0)
     model = {"left": whole[:5], "right": whole[5:], "all": whole, "again": whole}
-    checkpoint.save(tmp_path, 1, model=model, optimizer={}, state={}, rng={}, keep=1)
-    back = checkpoint.load(tmp_path).model
+    save(tmp_path, 1, model)
+    back = load(tmp_path).tensors
     assert all(torch.equal(back[name], tensor) for name, tensor in model.items())
 
 
-def test_nothing_saved_is_none_and_a_fault_to_load(tmp_path: Path) -> None:
+def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "absent") is None
-    with pytest.raises(Fault, match="no checkpoint in"):
-        checkpoint.load(tmp_path / "absent")
+    assert checkpoint.by_age(tmp_path / "absent") == []
+
+
+def test_what_changes_after_begin_is_not_in_the_file(tmp_path: Path) -> None:
+    """Training goes on while a thread writes."""
+    saver, weight = checkpoint.Saver(tmp_path, keep=1), torch.zeros(300_000)
+    saver.prepare(1)
+    saver.begin(1, {"model/w": weight})
+    weight.fill_(1.0)
+    saver.wait()
+    assert saver.done()
+    assert checkpoint.latest(tmp_path) is None  # durable, and not yet visible
+    saver.publish({}, {})
+    assert load(tmp_path).tensors["model/w"].eq(0).all()
+
+
+def test_ranks_verify_a_share_each_and_together_everything(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    (path / "rank0000.safetensors").write_bytes(b"x")
+    damaged = []
+    for rank in range(3):
+        try:
+            checkpoint.verify(path, (rank, 3))
+        except Fault:
+            damaged.append(rank)
+    assert len(damaged) == 1
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        '{"pieces": [{"name": "model/w", "offsets": [0], "sizes": [64], "shape": [64], "dtype": "os", "key": "0"}]}',
+        '{"pieces": [{"name": "model/w", "offsets": [0], "sizes": [64], "shape": [64], "dtype": "load", "key": "0"}]}',
+        '{"pieces": [{"name": "model/w"}]}',
+        '{"pieces": 3}',
+        "[]",
+        "no json",
+    ],
+)
+def test_a_table_that_says_something_else_is_refused_by_name(tmp_path: Path, table: str) -> None:
+    path = _save(tmp_path, 1)
+    (path / "rank0000.json").write_text(table)
+    with pytest.raises(Fault, match=r"rank0000\.json is not a table of tensors"):
+        Reader(path)
+
+
+def test_a_manifest_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    path, outside = _save(tmp_path, 1), tmp_path / "secret"
+    outside.write_text("x")
+    manifest.write(path, {"step": 1}, {})
+    body = manifest.read(path)
+    files = {**body["files"], "../secret": manifest.measure(outside)}
+    (path / "manifest.json").write_text(manifest._text({**body, "files": files}))
+    with pytest.raises(Fault, match=r"names '\.\./secret', outside the folder"):
+        checkpoint.verify(path)
+
+
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path: Path) -> None:
+    reader = Reader(_save(tmp_path, 1))
+    with pytest.raises(Fault, match="another model: .* has no model/v"):
+        reader.fill({"model/v": torch.zeros(64)})
+    with pytest.raises(Fault, match=r"another model: model/w has shape \[64\] in .*, \[32\] now"):
+        reader.fill({"model/w": torch.zeros(32)})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -87,12 +135,12 @@ def test_one_flipped_bit_names_the_file(tmp_path: Path, name: str) -> None:
         damaged[place] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(Fault) as caught:
-            checkpoint.load(tmp_path)
+            load(tmp_path)
         assert name in str(caught.value)
         assert "step-000001" in str(caught.value)
         assert "\n" not in str(caught.value)
     path.write_bytes(original)
-    assert checkpoint.load(tmp_path).step == 2
+    assert load(tmp_path).step == 2
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -100,17 +148,17 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path, name: str) -> None
     path = _save(tmp_path, 1) / name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Fault, match=name):
-        checkpoint.load(tmp_path)
+        load(tmp_path)
     path.unlink()
     with pytest.raises(Fault, match=f"{name} is missing.*no whole checkpoint is left"):
-        checkpoint.load(tmp_path)
+        load(tmp_path)
 
 
 def test_files_of_two_saves_do_not_mix(tmp_path: Path) -> None:
     first, second = _save(tmp_path, 1, value=1.0), _save(tmp_path, 2, value=2.0)
-    (second / "optimizer.safetensors").write_bytes((first / "optimizer.safetensors").read_bytes())
-    with pytest.raises(Fault, match=r"optimizer\.safetensors.*sha256"):
-        checkpoint.load(tmp_path)
+    (second / "rank0000.safetensors").write_bytes((first / "rank0000.safetensors").read_bytes())
+    with pytest.raises(Fault, match=r"rank0000\.\w+.*sha256"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["step-000009", "../elsewhere", ""])
@@ -126,7 +174,7 @@ def test_a_stale_latest_names_itself_and_the_newest_whole_one(tmp_path: Path, na
     assert repr(name) in str(caught.value)
     # The remedy that the message gives works.
     (folder / "latest").write_text("step-000001\n")
-    assert checkpoint.load(folder).step == 1
+    assert load(folder).step == 1
 
 
 def test_keep_deletes_the_oldest_written_and_never_the_latest(tmp_path: Path) -> None:
@@ -140,7 +188,7 @@ def test_keep_deletes_the_oldest_written_and_never_the_latest(tmp_path: Path) ->
     assert _names(tmp_path) == {"latest", "step-000150", "step-000160"}
     _save(tmp_path, 170, keep=1)
     assert _names(tmp_path) == {"latest", "step-000170"}
-    assert checkpoint.load(tmp_path).step == 170
+    assert load(tmp_path).step == 170
     with pytest.raises(Fault, match="keep=0"):
         _save(tmp_path, 180, keep=0)
 
@@ -149,14 +197,14 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     _save(tmp_path, 5, value=1.0)
     _save(tmp_path, 5, value=2.0)
     assert _names(tmp_path) == {"latest", "step-000005"}
-    assert checkpoint.load(tmp_path).model["w"][0] == 2.0
+    assert load(tmp_path).tensors["model/w"][0] == 2.0
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     (tmp_path / ".step-000002.123.tmp").mkdir()
-    (tmp_path / ".step-000002.123.tmp" / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.load(tmp_path).step == 1
+    (tmp_path / ".step-000002.123.tmp" / "rank0000.safetensors").write_bytes(b"half")
+    assert load(tmp_path).step == 1
     _save(tmp_path, 3)
     assert _names(tmp_path) == {"latest", "step-000001", "step-000003"}
 
@@ -175,8 +223,8 @@ def test_a_folder_that_cannot_be_made_is_a_fault(tmp_path: Path) -> None:
 
 def test_state_that_is_no_json_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path, 1, model={}, optimizer={}, state={"x": object()}, rng={}, keep=1)
-    assert _names(tmp_path) == set()
+        save(tmp_path, 1, {}, {"x": object()})
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_another_model_is_named_by_its_first_difference() -> None:

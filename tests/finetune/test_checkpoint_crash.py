@@ -9,22 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from checkpoints import filled as _save
+from checkpoints import load
 
-from ringspan.finetune import checkpoint
 from ringspan.parallel.faults import Fault
-
-
-def _save(folder: Path, step: int, *, keep: int = 3, value: float = 1.0, numel: int = 64) -> Path:
-    return checkpoint.save(
-        folder,
-        step,
-        model={"w": torch.full((numel,), value)},
-        optimizer={"w.exp_avg": torch.full((numel,), value + 0.5)},
-        state={"data": {"position": step}},
-        rng={"cpu": torch.get_rng_state()},
-        keep=keep,
-    )
 
 
 def _in_child(work: Callable[[], None], timeout: float = 30.0) -> int:
@@ -79,7 +67,7 @@ def test_killed_at_any_system_call_leaves_a_whole_checkpoint(
             _save(folder, 2, keep=1)
 
         code = _in_child(save)
-        loaded = checkpoint.load(folder)
+        loaded = load(folder)
         if code == 0:
             assert loaded.step == 2
             break
@@ -92,15 +80,15 @@ def test_killed_at_any_system_call_leaves_a_whole_checkpoint(
         assert _names(folder) == {"latest", "step-000003"}
     else:
         raise AssertionError("the child never survived")
-    # Flushed: five files, their folder, the rename; the pointer, its rename.
+    # Flushed: the rank's two files; all four files, their folder, the rename; the pointer, its rename.
     # Renamed: the new one, and the old one before it is deleted.
-    assert deaths == {"fsync": 9, "rename": 2, "replace": 1}[call]
+    assert deaths == {"fsync": 10, "rename": 2, "replace": 1}[call]
 
 
 def test_killed_before_the_first_latest_the_whole_checkpoint_is_found(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     (tmp_path / "latest").unlink()
-    assert checkpoint.load(tmp_path).step == 1
+    assert load(tmp_path).step == 1
 
 
 def test_kill_from_outside_in_the_middle_of_writing(tmp_path: Path) -> None:
@@ -114,13 +102,13 @@ def test_kill_from_outside_in_the_middle_of_writing(tmp_path: Path) -> None:
             os._exit(1)
     deadline = time.monotonic() + 30
     # A save of 16 MB is under way while its hidden folder is there.
-    while not (any(tmp_path.glob(".step-*.tmp/model.safetensors")) and len(_names(tmp_path)) > 2):
+    while not (any(tmp_path.glob(".step-*.tmp/rank0000.safetensors")) and len(_names(tmp_path)) > 2):
         assert time.monotonic() < deadline
     os.kill(pid, signal.SIGKILL)
     assert _wait(pid, 10) == -signal.SIGKILL
-    loaded = checkpoint.load(tmp_path)
+    loaded = load(tmp_path)
     if loaded.step > 1:
-        assert loaded.model["w"].eq(loaded.step).all()
+        assert loaded.tensors["model/w"].eq(loaded.step).all()
     _save(tmp_path, 20_000, keep=1)
     assert _names(tmp_path) == {"latest", "step-020000"}
 
@@ -145,4 +133,4 @@ def test_disk_full_is_one_line_with_the_arithmetic_and_changes_nothing(tmp_path:
     assert re.search(r"needs 7\.[67] MiB and [\d.]+ .iB are free there", message)
     assert "\n" not in message
     assert _names(folder) == {"latest", "step-000001"}
-    assert checkpoint.load(folder).step == 1
+    assert load(folder).step == 1

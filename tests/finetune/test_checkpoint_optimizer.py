@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ringspan.finetune import checkpoint
+from ringspan.finetune.shards import Reader
 from ringspan.parallel.faults import Fault
+from ringspan.parallel.optimizer_state import restore_state, state_tensors
 
 
 class _Tiny(nn.Module):
@@ -47,22 +49,22 @@ def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
     a, b = _optimizer(straight), _optimizer(broken)
     _steps(straight, a, range(7))
     _steps(broken, b, range(3))
-    tensors = checkpoint.optimizer_tensors(b, broken.named_parameters())
+    tensors = state_tensors(b, broken.named_parameters())
     assert set(tensors) == {
-        f"{name}.{key}"
+        f"{name}/{key}"
         for name, _ in broken.named_parameters()
         if name != "unused"
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
-    checkpoint.save(tmp_path, 3, model=broken.state_dict(), optimizer=tensors, state={}, rng={}, keep=1)
+    reader = Reader(save(tmp_path, 3, {**broken.state_dict(), **tensors}))
 
-    loaded = checkpoint.load(tmp_path)
     resumed = _Tiny()
-    resumed.load_state_dict(loaded.model)
+    reader.fill(dict(resumed.state_dict()))
     c = _optimizer(resumed)
-    checkpoint.restore_optimizer(c, resumed.named_parameters(), loaded.optimizer)
+    shapes = {name: entry.size for name, entry in reader.tensors.items() if "/" in name}
+    restore_state(c, resumed.named_parameters(), shapes, reader.fill)
     # Nothing depends on the file any more.
-    for path in loaded.path.iterdir():
+    for path in reader.folder.iterdir():
         path.write_bytes(b"\0" * path.stat().st_size)
     _steps(resumed, c, range(3, 7))
     assert [g["weight_decay"] for g in c.param_groups] == [0.1, 0.0]
@@ -74,14 +76,12 @@ def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
             assert value.dtype == c.state[got][key].dtype
 
 
-def test_optimizer_state_of_another_model_is_refused() -> None:
+def test_optimizer_state_of_another_shape_is_refused(tmp_path: Path) -> None:
     model = _Tiny()
     optimizer = _optimizer(model)
     _steps(model, optimizer, range(1))
-    tensors = checkpoint.optimizer_tensors(optimizer, model.named_parameters())
-    wrong = {**tensors, "first.weight.exp_avg": torch.zeros(2, 8)}
-    with pytest.raises(Fault, match=r"another model: .*first\.weight\.exp_avg has shape \[2, 8\]"):
-        checkpoint.restore_optimizer(_optimizer(model), model.named_parameters(), wrong)
-    more = {**tensors, "third.step": torch.tensor(1.0)}
-    with pytest.raises(Fault, match="another model: it has optimizer state for third"):
-        checkpoint.restore_optimizer(_optimizer(model), model.named_parameters(), more)
+    tensors = state_tensors(optimizer, model.named_parameters())
+    reader = Reader(save(tmp_path, 1, {**tensors, "first.weight/exp_avg": torch.zeros(2, 8)}))
+    shapes = {name: entry.size for name, entry in reader.tensors.items()}
+    with pytest.raises(Fault, match=r"another model: first\.weight/exp_avg has shape \[2, 8\] in .*, \[16, 8\] now"):
+        restore_state(_optimizer(model), model.named_parameters(), shapes, reader.fill)

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ringspan.finetune.shards import Reader
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -42,6 +44,12 @@ def test_two_ranks_lose_like_one_and_torchrun_like_ringspan(tiny: Any) -> None:
     assert row["perf/bytes_per_step"] == row["perf/bytes_lower_bound"] > 0
     assert "step 10/10" in done.stdout
     assert "2 share each sequence (cp)" in done.stdout
+
+
+def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the whole weights of a checkpoint, whoever wrote them."""
+    reader = Reader(run / "checkpoints" / f"step-{step:06d}")
+    return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}
 
 
 def wait_for(path: Path, child: Any, seconds: float = 120) -> None:
@@ -74,8 +82,7 @@ def test_a_killed_run_resumes_on_the_same_curve_bit_for_bit(tiny: Any, cp: int) 
     assert "from step 0" not in done.stdout
     assert [row["step"] for row in tiny.metrics("broken")] == list(range(1, 13))
     assert tiny.losses("broken") == tiny.losses("whole")
-    last = "checkpoints/step-000012/model.safetensors"
-    first, second = (load_file(tiny.folder / name / last) for name in ("whole", "broken"))
+    first, second = (saved(tiny.folder / name, 12) for name in ("whole", "broken"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -162,8 +169,7 @@ def test_bfloat16_trains(tiny: Any) -> None:
     done = tiny.train(tiny.config(model={"dtype": "bfloat16"}, parallel={"cp": 2}))
     assert done.returncode == 0, done.stderr
     assert tiny.losses()[-1] < tiny.losses()[0] - 0.5
-    saved = load_file(tiny.folder / "run" / "checkpoints" / "step-000010" / "model.safetensors")
-    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in saved(tiny.folder / "run", 10).values()} == {torch.float32}
 
 
 def test_lora_trains_alike_on_two_ranks(tiny: Any) -> None:
@@ -172,9 +178,7 @@ def test_lora_trains_alike_on_two_ranks(tiny: Any) -> None:
     assert tiny.train(one).returncode == 0
     assert tiny.train(two, "--parallel.cp", "2").returncode == 0
     assert tiny.losses("two") == pytest.approx(tiny.losses("one"), rel=1e-5)
-    adapters = [
-        load_file(tiny.folder / name / "checkpoints" / "step-000006" / "model.safetensors") for name in ("one", "two")
-    ]
+    adapters = [saved(tiny.folder / name, 6) for name in ("one", "two")]
     assert all("lora_" in key for key in adapters[0])
     for key, tensor in adapters[0].items():
         # An adapter whose gradient one rank lacked would drift by the size of Adam's steps.

@@ -1,4 +1,4 @@
-"""Tensor parallel models give the loss and every gradient of stock transformers on one rank, alone and with other axes."""
+"""Tensor parallel models give the loss and every gradient of stock transformers on one rank, also with other axes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from dense import relative_rms
-from ringspan.dist_attn import Mask, ZigZag
 from ringspan.finetune.loss import ChunkedLoss
 from ringspan.kernels.masks.expression import parse
 from ringspan.parallel.context import SequenceContext
@@ -35,7 +34,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 class Case(NamedTuple):
-    """A model on a mesh; ``changes`` to its config, ``lora`` the modules with an adapter, ``mask`` in place of its own."""
+    """A model on a mesh; ``changes`` to its config, modules with a ``lora``, a ``mask`` in place of its own."""
 
     kind: str
     sizes: Sizes = Sizes(tp=2)
@@ -45,6 +44,7 @@ class Case(NamedTuple):
     mask: str | None = None
     fsdp: bool = False
     recompute: bool = False
+    tiles: bool = False
 
 
 def build(case: Case, implementation: str = "ringspan") -> Any:
@@ -66,7 +66,7 @@ def build(case: Case, implementation: str = "ringspan") -> Any:
 
 
 def truth(case: Case) -> tuple[float, dict[str, Tensor]]:
-    """Transformers alone, a document at a time, the loss from its definition; one rank of ours for a mask it has not."""
+    """Transformers alone, a document at a time; for a mask that it has not, one rank of ours."""
     model, given = build(case, "eager" if case.kind in EAGER else "sdpa"), batch(case.edges)
     if case.mask is not None:
         return by_ours(build(case), None, case)
@@ -114,12 +114,21 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
 
 
+def in_tiles(mlp: Any) -> None:
+    """Let an MLP take at most 10 tokens at a time."""
+    whole = mlp.forward
+    mlp.forward = lambda x: torch.cat([whole(part) for part in x.split(10, dim=1)], dim=1)
+
+
 def compare(group: dist.ProcessGroup, case: Case) -> list[Any]:
     """Return the errors of the loss and of the worst gradient, its name, and how many gradients are not zero."""
     mesh, model = mesh_of(case.sizes, "cpu"), build(case)
     if case.recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     shard_layers(model, mesh["tp"])
+    if case.tiles:
+        for layer in parts_of(model).layers:
+            in_tiles(layer.mlp)
     loss, grads = by_ours(model, mesh, case)
     if dist.get_rank(group):
         # The whole is the same everywhere, and this rank's sums of what is not cut must be too.
@@ -160,6 +169,7 @@ CASES = {
     "fsdp tied": Case("gemma3", Sizes(dp_shard=2, tp=2), fsdp=True, recompute=True),
     "fsdp over cp": Case("gpt_oss", Sizes(cp=2, tp=2), fsdp=True, recompute=True),
     "recompute": Case("gpt_oss", recompute=True),
+    "an mlp in tiles": Case("llama", tiles=True),
     "lora": Case("llama", lora=[*ATTENTION, *MLP, "lm_head"]),
     "lora with fsdp": Case("mistral", Sizes(dp_shard=2, tp=2), lora=["q_proj", "o_proj"], fsdp=True, recompute=True),
 }
@@ -168,3 +178,131 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_gradient_is_that_of_stock_transformers_on_one_rank(name: str) -> None:
     check(CASES[name])
+
+
+def held(group: dist.ProcessGroup, case: Case) -> list[Any]:
+    """Return the bytes this rank holds, of parameters and beneath them, and whether a tied weight is one parameter."""
+    del group
+    model = build(case)
+    shard_layers(model, mesh_of(case.sizes, "cpu")["tp"])
+    parts = parts_of(model)
+    weights = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+    cut = sum(isinstance(p, DTensor) for p in parts.layers[0].parameters())
+    rows = vocabulary_rows(parts.head)
+    return [sum(w.nbytes for w in weights), sum(storages.values()), cut, parts.tied, [rows.start, rows.stop, rows.size]]
+
+
+def test_a_rank_holds_its_part_and_the_whole_is_let_go() -> None:
+    case = Case("qwen3", changes={"tie_word_embeddings": True})
+    whole = sum(p.nbytes for p in build(case).parameters())
+    for rank, (bytes_, beneath, cut, tied, rows) in enumerate(run_ranks(held, 2, case)):
+        assert bytes_ == beneath
+        assert bytes_ < 0.52 * whole  # norms stay whole, and the vocabulary is 49 + 48
+        assert cut == 7
+        assert tied
+        assert rows == [[0, 49, 97], [49, 97, 97]][rank]
+
+
+def outside(group: dist.ProcessGroup, token: int) -> str:
+    del group
+    case = Case("mistral")
+    model = build(case)
+    shard_layers(model, mesh_of(case.sizes, "cpu")["tp"])
+    given = {**batch(WHOLE), "input_ids": torch.full((1, 9), token), "labels": torch.zeros(1, 9, dtype=torch.long)}
+    context = SequenceContext()
+    local = context.shard({**given, "document_boundaries": [0, 9]})
+    del local["shift_labels"]
+    try:
+        parts_of(model).decoder(**local, **context.kwargs())
+    except IndexError as error:
+        return str(error)
+    return "ran"
+
+
+@pytest.mark.parametrize("token", [97, -1])
+def test_a_token_outside_of_the_vocabulary_fails_on_every_rank_as_without_tensor_parallelism(token: int) -> None:
+    assert run_ranks(outside, 2, token) == ["index out of range in self"] * 2
+
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "KV heads": (r"tp: 4 ranks cannot share 2 KV heads: 2 / 4 is no whole number; give one of 1, 2$", {}),
+    "heads": (r"tp: 4 ranks cannot share 2 query heads: 2 / 4", {"num_attention_heads": 2}),
+    "features": (
+        r"tp: 4 ranks cannot share 30 MLP features \(intermediate_size\)",
+        {"num_key_value_heads": 4, "intermediate_size": 30},
+    ),
+    "vocabulary": (
+        r"tp: 4 ranks cannot share a vocabulary of 5: in parts of 2 the last rank has none",
+        {"num_key_value_heads": 4, "vocab_size": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_sizes_that_do_not_divide_are_refused_with_the_numbers(name: str) -> None:
+    message, changes = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        check_tensor(LlamaConfig(**{**SIZES, **changes}), 4)
+
+
+def test_a_plan_that_is_not_understood_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"phi3 wants layers.\*.self_attn.qkv_proj cut 'colwise_gather_output'"):
+        check_tensor(Phi3Config(**SIZES), 2)
+
+
+def test_experts_need_no_features_that_divide() -> None:
+    check_tensor(config_of("gpt_oss", 7).__class__(**{**SIZES, "intermediate_size": 63}), 2)
+
+
+def refused(group: dist.ProcessGroup, how: str) -> list[Any]:
+    """Return what was said, and whether the model is as it was."""
+    del group
+    adapters: dict[str, dict[str, Any]] = {
+        "dora": {"target_modules": ["q_proj"], "use_dora": True},
+        "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
+        "embedding": {"target_modules": ["embed_tokens"]},
+        "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "tied head": {"target_modules": ["lm_head"]},
+    }
+    tied = {"tie_word_embeddings": how == "tied head"}
+    model = build(Case("qwen2" if how == "lora_bias" else "mistral", changes=tied))
+    if how in adapters:
+        model = get_peft_model(model, LoraConfig(r=2, **adapters[how]))
+    parts = parts_of(model)
+    if how == "no attention":
+        parts.config.base_model_tp_plan = {f"layers.*.mlp.{name}": "colwise" for name in MLP[:2]}
+        parts.config.base_model_tp_plan["layers.*.mlp.down_proj"] = "rowwise"
+    if how == "nothing summed":
+        parts.config.base_model_tp_plan = {f"layers.*.self_attn.{name}": "colwise" for name in ATTENTION[:3]}
+    if how == "a parameter":
+        parts.layers[2].self_attn.temperature = nn.Parameter(torch.ones(4))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("x" if how == "mesh" else "tp",))
+    before = list(model.parameters())
+    try:
+        shard_layers(model, mesh)
+        said = "cut"
+    except ValueError as error:
+        said = str(error)
+    return [said, all(a is b for a, b in zip(before, model.parameters(), strict=True))]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("mesh", "mesh: 1-D with names ('x',); give a 1-D mesh named 'tp'"),
+        ("dora", "tp: layers.0.self_attn.q_proj has an adapter that is no plain LoRA"),
+        ("lora_bias", "tp: layers.0.self_attn.q_proj has an adapter that is no plain LoRA"),
+        ("embedding", "tp: the embedding is a Embedding of peft; adapters on it are not supported"),
+        ("saved head", "tp: the head is a ModulesToSaveWrapper"),
+        ("tied head", "tp: an adapter on a head that shares its weight with the embedding is not supported"),
+        ("no attention", "tp: layers.0 has no attention that transformers says how to cut"),
+        ("nothing summed", "tp: layers.0.self_attn has not one projection whose results are summed"),
+        ("a parameter", "tp: layers.2.self_attn has a parameter temperature of its own"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name_before_anything_is_cut(how: str, message: str) -> None:
+    for said, as_it_was in run_ranks(refused, 2, how):
+        assert message in said
+        assert as_it_was
