@@ -79,5 +79,5 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml .ci/constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml .ci/constraints.txt
-	$(PIP) -c .ci/constraints.txt -e '.[train,wandb,dev]'
+	$(PIP) -c .ci/constraints.txt -e '.[train,wandb,deepspeed,dev]'
 	@touch $@ $(VENV)/.train

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +44,19 @@ class Saver:
     """Writes a run's checkpoints, this rank's part of them; one at a time.
 
     The caller lets the ranks agree in between: ``prepare`` on one of them, then ``begin`` on all; when ``done`` on all,
-    ``publish`` on one.
+    ``publish`` on one and ``published`` on the others. A fault is told each time one asks, until ``abandon``.
 
     Args:
-        folder: the run's ``checkpoints``; made if need be.
+        folder: the run's ``checkpoints``, which all ranks see; made if need be.
         rank: whose part this is.
+        world: of how many ranks; then nothing is published without the parts of all.
         keep: how many to leave, a new one included; those written last stay.
     """
 
-    def __init__(self, folder: Path, *, rank: int = 0, keep: int) -> None:
+    def __init__(self, folder: Path, *, rank: int = 0, world: int | None = None, keep: int) -> None:
         if keep < 1:
             raise Fault(f"keep={keep} would delete the checkpoint just written: give 1 or more")
-        self._folder, self._rank, self._keep = folder, rank, keep
+        self._folder, self._rank, self._world, self._keep = folder, rank, world, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.step: int | None = None  # of the one that is being written
@@ -91,19 +92,10 @@ class Saver:
         # Payload, plus the headers and tables (name, dtype, shape, offsets), generously.
         needed = sum(tensor.nbytes for _, tensor in pieces) + 1024 * len(pieces) + 16384
         check_space(needed, shutil.disk_usage(self._folder).free, self._shown(step), REMEDY)
-        self.step = step
-
-        def work() -> None:
-            try:
-                shards.write(target, self._rank, pieces)
-                for name in (f"rank{self._rank:04d}.safetensors", f"rank{self._rank:04d}.json"):
-                    sync_tree(target / name)
-            except (OSError, SafetensorError) as error:
-                raise Fault(failure(error, self._shown(step), needed, REMEDY)) from error
-
         if write is not None:
             write(target)
-        self._writing = self._thread.submit(work)
+        self.step = step
+        self._writing = self._thread.submit(self._write, step, pieces, needed)
 
     def done(self) -> bool:
         """Whether this rank's files are durable.
@@ -111,20 +103,15 @@ class Saver:
         Raises:
             Fault: they could not be written.
         """
-        if self._writing is None or not self._writing.done():
-            return self._writing is None
+        if self._writing is not None and not self._writing.done():
+            return False
         self.wait()
         return True
 
     def wait(self) -> None:
         """Wait until this rank's files are durable; raises as ``done`` does."""
-        if self._writing is None:
-            return
-        try:
+        if self._writing is not None:
             self._writing.result()
-        except Fault:
-            self._abandon()
-            raise
 
     def publish(self, facts: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
         """Make the checkpoint visible, point ``latest`` at it, delete older ones; return its folder.
@@ -145,12 +132,16 @@ class Saver:
         try:
             (hidden / "state.json").write_text(text, encoding="utf-8")
             tables = [path for path in hidden.iterdir() if shards.TABLE.fullmatch(path.name)]
+            if self._world is not None and len(tables) != self._world:
+                raise OSError(f"of {self._world} ranks, the parts of {len(tables)} are there")
             known = {path.with_suffix(".safetensors").name: shards.file_of(path) for path in tables}
             manifest.write(hidden, {"step": step, **facts}, known)
             sync_tree(hidden)
             put(hidden, target)
         except OSError as error:
-            raise Fault(failure(error, target, len(text), REMEDY)) from error
+            fault = Fault(failure(error, target, len(text), REMEDY))
+            self.abandon()
+            raise fault from error
         _write_latest(self._folder, target.name)
         _delete_old(self._folder, target, self._keep)
         self.published()
@@ -160,10 +151,27 @@ class Saver:
         """Forget what was written: another rank has made it visible."""
         self.step, self._writing = None, None
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Remove what all ranks have written; on one of them, once none writes any more."""
         if self.step is not None:
             shutil.rmtree(self._hidden(self.step), ignore_errors=True)
         self.published()
+
+    def _write(self, step: int, pieces: Sequence[tuple[shards.Piece, Tensor]], needed: int) -> None:
+        """Runs in the thread: no collective here."""
+        target = self._hidden(step)
+        try:
+            shards.write(target, self._rank, pieces)
+            for name in shards.files(self._rank):
+                sync_tree(target / name)
+        except (OSError, SafetensorError) as error:
+            fault = Fault(failure(error, self._shown(step), needed, REMEDY))
+            # Room on the disk; what others have written stays, or their fault would be that it is gone.
+            for name in shards.files(self._rank):
+                (target / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                target.rmdir()
+            raise fault from error
 
     def _hidden(self, step: int) -> Path:
         return self._folder / f".step-{step:06d}.tmp"
@@ -195,24 +203,32 @@ def verify(path: Path, share: tuple[int, int] = (0, 1)) -> None:
         raise Fault(f"checkpoint {path} is damaged: {damage}; {_way_out(path.parent)}")
 
 
-def by_age(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run: the one that ``latest`` names, then the others, last written first."""
-    first = latest(folder)
+def by_age(folder: Path, *, fallback: bool = False) -> list[Path]:
+    """Return the checkpoints of a run: the one that ``latest`` names, then the others, last written first.
+
+    Raises:
+        Fault: ``latest`` names a folder that is not there; unless ``fallback``, then it says nothing.
+    """
+    try:
+        first = latest(folder)
+    except Fault:
+        if not fallback:
+            raise
+        return _steps(folder)
     return [] if first is None else [first, *(path for path in _steps(folder) if path != first)]
 
 
 def latest(folder: Path) -> Path | None:
     """Return the folder that ``latest`` names, or None if nothing was ever saved.
 
-    A run killed between the first rename and the first ``latest`` has a whole checkpoint and no
-    pointer: the newest whole one is returned then.
+    A run killed between the first rename and the first ``latest`` has no pointer: the newest whole one is returned.
 
     Raises:
         Fault: ``latest`` names a folder that is not there.
     """
     pointer = folder / "latest"
     if not pointer.exists():
-        return _newest_whole(folder)
+        return newest_whole(folder)
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"step-\d{6,}", name) or not (folder / name).is_dir():
         raise Fault(f"{pointer} names {name!r}, which is not a checkpoint here; {_way_out(folder)}")
@@ -220,11 +236,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def _write_latest(folder: Path, name: str) -> None:
-    """Point ``latest`` at a checkpoint of this folder.
-
-    Raises:
-        Fault: the disk refuses; the pointer is as before.
-    """
+    """Point ``latest`` at a checkpoint of this folder, or raise Fault where the disk refuses."""
     try:
         write_text(folder / "latest", name + "\n")
     except OSError as error:
@@ -262,23 +274,26 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
 
 
-def _newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path) -> Path | None:
+    """Return the checkpoint written last of those whose every byte is as written; reads them."""
     return next((path for path in _steps(folder) if manifest.damage(path) is None), None)
 
 
 def _way_out(folder: Path) -> str:
-    whole = _newest_whole(folder)
+    whole = newest_whole(folder)
     if whole is None:
         return "no whole checkpoint is left here: delete the folder, or choose another train.output_dir, to start anew"
-    return f"the newest whole one is {whole.name}: write that name into {folder / 'latest'} to resume from it"
+    return (
+        f"the newest whole one is {whole.name}: write that name into {folder / 'latest'} to resume from it, "
+        "or set checkpoint.resume=fallback"
+    )
 
 
 def _delete_old(folder: Path, newest: Path, keep: int) -> None:
     """Delete by age of writing: after a resume from an older step, later steps are the past."""
     others = [path for path in _steps(folder) if path != newest]
     for path in others[keep - 1 :]:
-        # Renamed first, so that one deleted halfway never looks like a checkpoint. What cannot be
-        # deleted is left for the next save to try: the one just written is good either way.
+        # Renamed first: deleted halfway, it must not look like a checkpoint. Another save removes what cannot be now.
         doomed = folder / f".{path.name}.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):
             os.rename(path, doomed)

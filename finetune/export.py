@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
-from ringspan.finetune.export_weights import Part, index, write
+from ringspan.finetune.export_weights import Part, index, whole, write
 from ringspan.finetune.publish import check_space, failure, put, remove, sync_tree
 from ringspan.parallel.faults import Fault
 
@@ -38,6 +39,8 @@ class Export:
             raise TypeError(f"export takes a transformers model or a peft model, got {type(model).__name__}")
         self._base, self._tokenizer, self._folder = base, tokenizer, folder
         self._hidden = folder.parent / f".{folder.name}.tmp"
+        self._fresh = _fresh(base)
+        self._converted = _is_converted(self._fresh)
 
     def prepare(self, needed: int) -> None:
         """Make the hidden folder; needed: bytes about to be written.
@@ -54,13 +57,23 @@ class Export:
         except OSError as error:
             raise Fault(failure(error, self._folder, needed, REMEDY)) from error
 
-    def write(self, modules: Iterable[tuple[str, nn.Module]], part: Part) -> None:
+    def write(
+        self, modules: Iterable[tuple[str, nn.Module]], part: Part, gather: Callable[[Tensor], Tensor] = whole
+    ) -> None:
         """Write this rank's files of weights (safetensors, dtype kept), adapters merged; collective in its stage.
+
+        Args:
+            modules: this rank's, by name in the whole model.
+            gather: returns all of a tensor of them, on every rank.
 
         Raises:
             Fault: the disk refuses; an older export stays.
         """
-        write(modules, self._hidden, part, lambda error, size: Fault(failure(error, self._folder, size, REMEDY)))
+
+        def failed(error: Exception, size: int) -> Fault:
+            return Fault(failure(error, self._folder, size, REMEDY))
+
+        write(modules, self._hidden, part, failed, self._stored, gather)
 
     def publish(self) -> Path:
         """Write configs and tokenizer, and make the folder visible; return it.
@@ -70,8 +83,8 @@ class Export:
         """
         try:
             held = index(self._hidden)
-            self._check_names(set(held))
-            self._write_configs(set(held), next(iter(held.values())))
+            self._check(held)
+            self._write_configs(set(held), next(iter(held.values())).dtype)
             sync_tree(self._hidden)
             put(self._hidden, self._folder)
         except OSError as error:
@@ -96,15 +109,42 @@ class Export:
         generation.save_pretrained(self._hidden)
         self._tokenizer.save_pretrained(self._hidden)
 
-    def _check_names(self, names: set[str]) -> None:
+    def _check(self, held: Mapping[str, Tensor]) -> None:
         """Raise if the weights are not what a fresh model has: an adapter left over, say."""
-        with torch.device("meta"):
-            expected = set(type(self._base)(copy.deepcopy(self._base.config)).state_dict())
-        if names - expected or expected - names - self._tied_names():
-            raise RuntimeError(f"weights of {type(self._base).__name__} that do not fit it: {expected ^ names}")
+        state = self._fresh.state_dict()
+        wanted = {name: tensor.shape for name, tensor in self._stored(state).items()}
+        tied = set(self._stored({name: state[name] for name in self._tied_names()}))
+        found = {name: tensor.shape for name, tensor in held.items()}
+        wrong = {name for name in wanted | found if wanted.get(name) != found.get(name)}
+        if wrong - (tied - set(found)):
+            raise RuntimeError(f"weights of {type(self._base).__name__} that do not fit it: {sorted(wrong)}")
 
     def _tied_names(self) -> set[str]:
         return set(self._base.all_tied_weights_keys or {}) if self._base.config.tie_word_embeddings else set()
+
+    def _stored(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return revert_weight_conversion(self._fresh, dict(weights)) if self._converted else weights
+
+
+def _fresh(base: PreTrainedModel) -> Any:
+    """Return such a model without weights, which no mesh has cut."""
+    with torch.device("meta"):
+        out: Any = type(base)(copy.deepcopy(base.config))
+    out._weight_conversions = getattr(base, "_weight_conversions", None)  # what was done when it was loaded
+    return out
+
+
+def _is_converted(fresh: Any) -> bool:
+    """Whether files on the hub have other weights than the model, a mixture's experts one by one, say.
+
+    Only where each weight of the model can be converted by itself. Transformers loads both, other programs the hub's.
+    """
+    state = fresh.state_dict()
+    whole = {name: tensor.shape for name, tensor in revert_weight_conversion(fresh, dict(state)).items()}
+    apart: dict[str, torch.Size] = {}
+    for key, weight in state.items():
+        apart |= {name: tensor.shape for name, tensor in revert_weight_conversion(fresh, {key: weight}).items()}
+    return whole == apart and set(whole) != set(state)
 
 
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:

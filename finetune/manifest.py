@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
+FORMAT = 2
 
 
 def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> None:
@@ -24,14 +25,14 @@ def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, Mapping[st
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {name: known.get(name) or measure(folder / name) for name in names if name != NAME}
-    (folder / NAME).write_text(_text({"format": 2, **facts, "files": files}), encoding="utf-8")
+    (folder / NAME).write_text(_text({"format": FORMAT, **facts, "files": files}), encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Return what the manifest says.
 
     Raises:
-        ValueError: it is missing, or not as it was written.
+        ValueError: it is missing, not as it was written, or of another version.
     """
     if not (folder / NAME).is_file():
         raise ValueError(f"{NAME} is missing")
@@ -46,6 +47,8 @@ def read(folder: Path) -> dict[str, Any]:
         whole, body = False, {}
     if not whole:
         raise ValueError(f"{NAME} is not as it was written")
+    if body.get("format") != FORMAT:
+        raise ValueError(f"{NAME} has format {body.get('format')}, and this version of ringspan reads {FORMAT}")
     return body
 
 
@@ -67,10 +70,15 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             return f"{NAME} names {name!r}, outside the folder"
         if not path.is_file():
             return f"{name} is missing"
-        if (found := path.stat().st_size) != expected.get("bytes"):
-            return f"{name} has {found} bytes instead of {expected.get('bytes')}"
-        if measure(path) != expected:
-            return f"{name} has the right size and a wrong sha256"
+        if not isinstance(expected, dict) or set(expected) != {"bytes", "sha256"}:
+            return f"{NAME} does not say what {name} is"
+        try:
+            if (found := path.stat().st_size) != expected["bytes"]:
+                return f"{name} has {found} bytes instead of {expected['bytes']}"
+            if measure(path) != expected:
+                return f"{name} has the right size and a wrong sha256"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 

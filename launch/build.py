@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections import Counter
@@ -27,14 +28,16 @@ from ringspan.finetune.track import Tracker
 from ringspan.launch.plan_inputs import checked_mask, gradient_dtype, layer_masks, layout_of, measured_costs
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
-from ringspan.parallel.engine import Engine, Sharded
+from ringspan.parallel.engine import Engine, Saved, Sharded
 from ringspan.parallel.faults import Fault, together
 from ringspan.parallel.mesh import Sizes
-from ringspan.parallel.parallelize import Parallel, Staging, parallelize
+from ringspan.parallel.parallelize import Parallel, Staging, parallelize, prepare
+from ringspan.parallel.parts import parts_of
 from ringspan.parallel.pipeline import check_pipeline
 from ringspan.parallel.recompute import keeps_attention
-from ringspan.parallel.scorer import Runner
+from ringspan.parallel.scorer import Runner, Scorer
 from ringspan.parallel.tensor import check_tensor
+from ringspan.parallel.zero_config import read, resolve
 
 
 def check_inputs(config: Config) -> None:
@@ -57,6 +60,8 @@ def check_inputs(config: Config) -> None:
     if config.attention.mask is not None:
         checked_mask(config.attention.mask, heads_of(hf_config.get_text_config()).kv_heads, config.data.seq_length)
     _check_mesh(config, hf_config)
+    if config.parallel.engine == "deepspeed":
+        _check_deepspeed(config)
     _check_strategy(config, hf_config)
     _costs(config)
     folder = Path(config.train.output_dir)
@@ -110,7 +115,7 @@ def _check_mesh(config: Config, hf_config: Any) -> None:
                 parallel.pp,
                 parallel.schedule,
                 config.train.gradient_accumulation_steps,
-                config.train.activation_checkpointing,
+                "LoRA" if config.lora is not None else "",
             )
     except ValueError as error:
         raise Fault(f"parallel.{error}") from error
@@ -118,6 +123,15 @@ def _check_mesh(config: Config, hf_config: Any) -> None:
         raise Fault(
             "train.compile: on the CPU torch compiles with g++, which is not installed; install it, or set false"
         )
+
+
+def _check_deepspeed(config: Config) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise Fault("parallel.engine: deepspeed is not installed: pip install 'ringspan[deepspeed]'")
+    given, train = read(config.parallel.deepspeed), config.train
+    batch = given.get("train_batch_size")
+    ranks = batch // (train.batch_size * train.gradient_accumulation_steps) if isinstance(batch, int) else 1
+    zero_config(config, ranks)  # the batch is checked once the world is known
 
 
 def _check_strategy(config: Config, hf_config: Any) -> None:
@@ -129,15 +143,16 @@ def _check_strategy(config: Config, hf_config: Any) -> None:
     hf, parallel, strategy = hf_config.get_text_config(), config.parallel, config.attention.strategy
     if parallel.cp == -1:
         return  # the context checks it, once the world is known
+    mesh = (parallel.cp // parallel.ulysses, parallel.ulysses)
     try:
         plan(
             Causal(),
             make_layout(config, hf_config),
-            world=parallel.cp,
+            world=mesh if min(mesh) > 1 else parallel.cp,
             length=config.data.seq_length,
             **local_heads(hf, parallel.tp)._asdict(),
             dtype=getattr(torch, config.model.dtype),
-            strategy="ring" if strategy in ("auto", "double_ring", "ulysses_ring") else strategy,
+            strategy=strategy if strategy != "auto" else "ring" if min(mesh) == 1 else "double_ring",
         )
     except ValueError as error:
         raise Fault(f"attention.{error}") from error
@@ -160,6 +175,7 @@ def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
 def make_parallel(config: Config, place: Place, trained: Trained, *, training: bool = True) -> Parallel:
     """Put the model on the mesh; ``training=False``: only to be judged."""
     train, layout = config.train, make_layout(config, trained.base.config)
+    preparing = _preparing(config) if training else {**_preparing(config), "recompute": "none", "compile": False}
     loss = ChunkedLoss(train.loss_chunk, place.mesh.group("tp") if place.mesh is not None else None)
     gather = config.parallel.gather_dtype
     try:
@@ -174,10 +190,7 @@ def make_parallel(config: Config, place: Place, trained: Trained, *, training: b
                 max(layout.share(rank, place.sizes.cp, config.data.seq_length) for rank in range(place.sizes.cp)),
                 config.data.seq_length,
             ),
-            recompute=train.activation_checkpointing if training else "none",
-            mlp_tile=train.mlp_tile,
-            compile=train.compile and training,
-            autocast=torch.bfloat16 if config.model.dtype == "bfloat16" else None,
+            **preparing,
             gather_dtype=torch.bfloat16 if gather == "bfloat16" else None,
             offload=config.parallel.cpu_offload,
         )
@@ -185,15 +198,58 @@ def make_parallel(config: Config, place: Place, trained: Trained, *, training: b
         raise Fault(str(error)) from error
 
 
-def make_engine(config: Config, place: Place, trained: Trained) -> Engine:
-    """Put the model on the mesh and give it an optimizer: what the loop trains."""
+def make_engine(config: Config, place: Place, trained: Trained, saved: Saved | None = None) -> Engine:
+    """Put the model on the mesh and give it an optimizer: what the loop trains; with a checkpoint's weights, if any."""
     train = config.train
     settings = {"betas": (train.adam_beta1, train.adam_beta2), "weight_decay": train.weight_decay}
     if config.parallel.engine == "deepspeed":
-        raise Fault('deepspeed: not yet')
+        return _make_zero(config, place, trained, settings, saved)
     parallel = make_parallel(config, place, trained)
     optimizer = build_optimizer(parallel.named_parameters(), **settings)
-    return Sharded(parallel, optimizer, max_norm=train.max_grad_norm, group=place.group, device=place.device)
+    engine = Sharded(parallel, optimizer, max_norm=train.max_grad_norm, group=place.group, device=place.device)
+    if saved is not None:
+        engine.restore(saved)
+    return engine
+
+
+def _make_zero(config: Config, place: Place, trained: Trained, settings: dict[str, Any], saved: Saved | None) -> Engine:
+    from ringspan.parallel.zero import Zero
+
+    if place.group is None:
+        raise Fault("parallel.engine: deepspeed shards over ranks, and there is one; give parallel.cp or dp_shard")
+    scorer = Scorer(trained.model, ChunkedLoss(config.train.loss_chunk))
+    prepare(scorer, list(parts_of(trained.model).layers), device=place.device.type, **_preparing(config))
+    optimizer = build_optimizer(trained.model.named_parameters(), **settings)
+    return Zero(
+        scorer, optimizer, config=zero_config(config, place.world), group=place.group, device=place.device, saved=saved
+    )
+
+
+def zero_config(config: Config, ranks: int) -> dict[str, Any]:
+    """Return what DeepSpeed is told.
+
+    Raises:
+        Fault: for a key that contradicts the config.
+    """
+    train = config.train
+    return resolve(
+        read(config.parallel.deepspeed),
+        micro_batch=train.batch_size,
+        micro_batches=train.gradient_accumulation_steps,
+        ranks=ranks,
+        max_norm=train.max_grad_norm,
+    )
+
+
+def _preparing(config: Config) -> dict[str, Any]:
+    """Return what is done to the layers before they are sharded."""
+    train = config.train
+    return {
+        "recompute": train.activation_checkpointing,
+        "mlp_tile": train.mlp_tile,
+        "compile": train.compile,
+        "autocast": torch.bfloat16 if config.model.dtype == "bfloat16" else None,
+    }
 
 
 def make_stream(config: Config, tokenizer: Any) -> SequenceStream:

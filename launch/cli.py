@@ -65,7 +65,8 @@ def parse_train(argv: Sequence[str], usage: str = _TRAIN_USAGE) -> tuple[str, li
                 value = next(rest, "--")
                 if value.startswith("--"):
                     _stop(f"{argument}: no value follows; write {argument} VALUE")
-            overrides.append(f"{name}={value}")
+            if name not in ("local_rank", "local-rank"):  # the deepspeed launcher's; the environment says it too
+                overrides.append(f"{name}={value}")
         elif argument.startswith("-"):
             _stop(f"{argument}: no such option; settings are written --section.key value")
         elif _OVERRIDE.fullmatch(argument):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.configs.schema import Config
+from ringspan.dist_attn import Disagreement
 from ringspan.finetune import checkpoint, manifest, shards
 from ringspan.finetune.export import Export
 from ringspan.finetune.export_weights import Part
@@ -24,7 +25,7 @@ class Saving:
 
     def __init__(self, config: Config, place: Place, state: Any) -> None:
         self._config, self._place, self._state = config, place, state
-        self._saver = checkpoint.Saver(folder(config), rank=place.rank, keep=config.checkpoint.keep)
+        self._saver = checkpoint.Saver(folder(config), rank=place.rank, world=place.world, keep=config.checkpoint.keep)
         self._facts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # of the one that is being written
 
     def step(self, *, last: bool) -> None:
@@ -72,10 +73,14 @@ class Saving:
     def _publish(self) -> None:
         place, saver = self._place, self._saver
         step = saver.step
-        together(place.group, f"save of step {step}", saver.wait)
-        together(
-            place.group, f"publishing step {step}", lambda: saver.publish(*self._facts) if place.rank == 0 else None
-        )
+        try:
+            together(place.group, f"save of step {step}", saver.wait)
+            publish = (lambda: saver.publish(*self._facts)) if place.rank == 0 else (lambda: None)
+            together(place.group, f"publishing step {step}", publish)
+        except Disagreement:
+            if place.rank == 0:
+                saver.abandon()
+            raise
         saver.published()
 
 
@@ -96,8 +101,8 @@ def find(config: Config, place: Place) -> checkpoint.Found | None:
         Disagreement: on every rank alike, if the latest is damaged, or checkpoint.resume is never and there is one.
     """
     candidates = together(place.group, "checkpoints", lambda: _candidates(config))
+    share = (place.rank, place.world)
     for number, path in enumerate(candidates):
-        share = (place.rank, place.world)
         if config.checkpoint.resume == "fallback" and number < len(candidates) - 1:
             if _anywhere(place, manifest.damage(path, share) is not None):
                 continue
@@ -107,14 +112,12 @@ def find(config: Config, place: Place) -> checkpoint.Found | None:
     return None
 
 
-def restore(found: checkpoint.Found, state: Any, place: Place) -> None:
-    """Put weights, optimizer state, place in the data, counters and random state back, on whatever mesh.
+def restore(found: checkpoint.Found, reader: shards.Reader, state: Any, place: Place) -> None:
+    """Put place in the data, counters and random state back, on whatever mesh; the engine has its own already.
 
     Raises:
-        Fault: the checkpoint is of other data, or by another engine.
+        Fault: the checkpoint is of other data.
     """
-    reader = shards.Reader(found.path)
-    state.engine.restore(reader)
     state.stream.load_state_dict(found.state["data"])
     state.step, state.tokens, state.skipped = found.step, found.state["tokens"], found.state["skipped"]
     for kind, current in _rng_states(place).items():
@@ -126,7 +129,7 @@ def restore(found: checkpoint.Found, state: Any, place: Place) -> None:
 
 
 def _candidates(config: Config) -> list[Path]:
-    found = checkpoint.by_age(folder(config))
+    found = checkpoint.by_age(folder(config), fallback=config.checkpoint.resume == "fallback")
     if found and config.checkpoint.resume == "never":
         raise Fault(
             f"checkpoint.resume: never, but {folder(config)} holds checkpoints; choose another train.output_dir, "
@@ -173,7 +176,9 @@ def export(place: Place, state: Any, tokenizer: Any, target: Path) -> None:
     part = Part(place.at("pp"), place.at("dp_cp") * sizes.tp + place.at("tp"), ranks)
     fault: Fault | None = None
     try:
-        made.write(state.engine.named_modules(), part)  # communicates: a fault of one rank is told afterwards
+        made.write(
+            state.engine.named_modules(), part, state.engine.whole
+        )  # communicates: a fault of one rank is told afterwards
     except Fault as error:
         fault = error
 

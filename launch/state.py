@@ -12,6 +12,7 @@ from ringspan.finetune import checkpoint
 from ringspan.finetune.data import SequenceStream
 from ringspan.finetune.model import Trained
 from ringspan.finetune.optim import rate_at
+from ringspan.finetune.shards import Reader
 from ringspan.launch import build, saving
 from ringspan.launch.ranks import Place
 from ringspan.parallel.boundaries import shift_labels
@@ -48,11 +49,13 @@ class State:
             Fault: if the checkpoint is of another model, or its data are not the config's.
         """
         trained = together(place.group, "model", lambda: State._model(config, place, saved))
-        engine = build.make_engine(config, place, trained)  # communicates: what it refuses, it refuses on all ranks
+        reader = None if saved is None else Reader(saved.path)
+        # Not together with the other ranks: it communicates, and what it refuses, it refuses on all of them.
+        engine = build.make_engine(config, place, trained, reader)
         torch.manual_seed(config.train.seed + place.at("dp_cp"))  # tensor parallel ranks drop the same features
         state = together(place.group, "data", lambda: State(trained, engine, build.make_stream(config, tokenizer)))
-        if saved is not None:
-            saving.restore(saved, state, place)
+        if saved is not None and reader is not None:
+            saving.restore(saved, reader, state, place)
         return state
 
     @staticmethod

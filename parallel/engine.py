@@ -1,6 +1,6 @@
 """One optimizer step of a parallel model, after ``parallelize``: gradients complete, measured, clipped, applied.
 
-``Sharded`` is FSDP2's, tensor and pipeline parallelism's; ``zero.Zero`` is DeepSpeed's. A training loop need not know which.
+``Sharded`` is FSDP2's, tensor and pipeline parallelism's; ``zero.Zero`` is DeepSpeed's. A loop need not know which.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class Engine(Runner, Protocol):
 
     def gradient(self, name: str) -> Tensor | None:
         """Return the whole gradient of one of ``named_parameters``, after ``finish``; all ranks that hold it call."""
+        ...
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return all of a parameter or buffer, on every rank that holds a part; all of them call this."""
         ...
 
     def saved(self) -> dict[str, Tensor]:
@@ -136,7 +140,15 @@ class Sharded:
     def gradient(self, name: str) -> Tensor | None:
         """See ``Engine``."""
         grad = dict(self.named_parameters())[name].grad
-        return grad.full_tensor() if isinstance(grad, DTensor) else grad
+        return None if grad is None else self.whole(grad)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """See ``Engine``."""
+        part: Any = x.detach()
+        if not isinstance(x, DTensor):
+            return part
+        kind = x.device_mesh.device_type  # gathered there, where parameters are kept on the host
+        return (part if part.device.type == kind else part.to(kind)).full_tensor()
 
     def saved(self) -> dict[str, Tensor]:
         """See ``Engine``."""

@@ -1,7 +1,7 @@
 """The norm of all gradients, whoever holds them, and what is not finite in them.
 
-Each rank adds up what it holds, divides by how many ranks hold the same, and one sum over all ranks gives the square of the
-norm: alike on every rank, for any mixture of FSDP shards, tensor parallel shards, replicas and pipeline stages.
+Each rank adds up what it holds, divided by how many ranks hold the same, and one sum over all ranks gives the square of
+the norm: alike on every rank, for any mixture of FSDP shards, tensor parallel shards, replicas and pipeline stages.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ exchange is no operator, and Python plans it. Compiled code reads nothing here t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -60,7 +60,7 @@ class Forward:
     mask: str | None = None
     keep_attention: bool = False
     traffic: Traffic = field(default_factory=Traffic)
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: MutableMapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layer_masks: dict[int, Mask] = field(default_factory=dict)
     decisions: dict[str, str] = field(default_factory=dict)
     batch: object = None

@@ -1,4 +1,4 @@
-"""A model on a mesh, in one screen: tensor, context, activation checkpointing, compile, data; stages before the last three."""
+"""A model on a mesh, in one screen: tensor, context, (stages,) activation checkpointing, compile, data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Recompute = Literal["none", "full", "selective", "offload"]
 
 @dataclass(frozen=True)
 class Parallel:
-    """A model on this rank. ``copies`` names parameters that another rank holds too, outside of any mesh: tied weights."""
+    """A model on this rank; ``copies`` names tied weights that another rank holds too, and counts and saves."""
 
     runner: Runner
     mesh: Mesh | None
@@ -86,21 +86,14 @@ def parallelize(
         shard_layers(model, mesh["tp"])
     parts.base.set_attn_implementation(NAME)
 
-    def prepare(root: nn.Module, layers: Sequence[nn.Module]) -> None:
-        if mlp_tile is not None:
-            tile_mlps(layers, mlp_tile)
-        checkpoint_layers(layers, recompute)
-        if compile:
-            for layer in layers:
-                layer.forward = torch.compile(layer.forward)
-        if autocast is not None:
-            root.forward = torch.autocast(device, autocast)(root.forward)
+    def ready(root: nn.Module, layers: Sequence[nn.Module]) -> None:
+        prepare(root, layers, recompute=recompute, mlp_tile=mlp_tile, compile=compile, device=device, autocast=autocast)
         if mesh is not None and mesh.shards.size() > 1:
             shard_parameters(root, layers, mesh.shards, dtype=gather_dtype, offload=offload)
 
     if mesh is None or mesh.sizes.pp == 1:
         scorer = Scorer(model, loss)
-        prepare(scorer, list(parts.layers))
+        ready(scorer, list(parts.layers))
         return Parallel(Direct(scorer), mesh, model.named_parameters, model.named_modules)
     assert staging is not None, "a mesh with pipeline stages needs staging"
     pipeline = Pipeline(
@@ -113,6 +106,27 @@ def parallelize(
         tokens=staging.tokens,
         length=staging.length,
         tp=(mesh.sizes.tp, mesh.place["tp"]),
-        prepare=prepare,
+        prepare=ready,
     )
     return Parallel(pipeline, mesh, pipeline.named_parameters, pipeline.named_modules, pipeline.copies, pipeline)
+
+
+def prepare(
+    root: nn.Module,
+    layers: Sequence[nn.Module],
+    *,
+    recompute: Recompute,
+    mlp_tile: int | None,
+    compile: bool,
+    device: str,
+    autocast: torch.dtype | None,
+) -> None:
+    """Tile, checkpoint and compile layers in place, and let the module that is called compute in ``autocast``."""
+    if mlp_tile is not None:
+        tile_mlps(layers, mlp_tile)
+    checkpoint_layers(layers, recompute)
+    if compile:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward)
+    if autocast is not None:
+        root.forward = torch.autocast(device, autocast)(root.forward)

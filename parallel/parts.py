@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model as parallelism sees it: embedding, layers, head; peft's wrapper looked through."""
+"""A Hugging Face causal language model as parallelism sees it: embedding, layers, head; also inside peft's wrapper."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Pipeline parallelism: stages of a Hugging Face decoder, run by torch's schedules.
 
-A stage is the model's own decoder with some of its layers: the model's forward runs as it is, on hidden states in place of
-token ids. Hidden states are all that travels: tokens, positions and documents of each micro-batch are with every stage
-already, for all stages of a rank of the sequence read the same batches. All ranks of a stage follow one schedule, and so
-enter their exchanges in the same order.
+A stage is the model's own decoder with some of its layers: the model's forward runs as it is, on hidden states in place
+of token ids. Hidden states are all that travels: tokens, positions and documents of each micro-batch are with every
+stage already, for all stages of a rank of the sequence read the same batches. All ranks of a stage follow one schedule,
+and so enter their exchanges in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.distributed.pipelining.schedules import (
 from ringspan.parallel.data import local
 from ringspan.parallel.parts import parts_of
 from ringspan.parallel.pipeline_stage import Stage
-from ringspan.parallel.scorer import Batch, Loss
+from ringspan.parallel.scorer import Batch, Loss, reshard
 from ringspan.parallel.stages import cut, layer_cost
 from ringspan.parallel.tensor_moves import shares
 
@@ -42,8 +42,11 @@ _VIRTUAL = {"interleaved": 2}  # stages on each rank; one for the other schedule
 Prepare = Callable[[nn.Module, Sequence[nn.Module]], None]
 
 
-def check_pipeline(layers: int, pp: int, schedule: str, micro_batches: int, recompute: str = "none") -> None:
+def check_pipeline(layers: int, pp: int, schedule: str, micro_batches: int, split: str = "") -> None:
     """Check that a schedule can run.
+
+    Args:
+        split: what of the model a backward pass that is taken apart would lose, see ``lost_when_split``.
 
     Raises:
         ValueError: names the argument, its value, the rule and the remedy.
@@ -60,14 +63,25 @@ def check_pipeline(layers: int, pp: int, schedule: str, micro_batches: int, reco
     rounds = max(1, micro_batches // pp)
     if schedule in ("interleaved", "zero_bubble") and micro_batches % rounds:
         raise ValueError(
-            f"schedule: {schedule} goes in {rounds} rounds ({micro_batches} micro-batches / pp {pp}), which do not divide "
-            f"{micro_batches}; make gradient_accumulation_steps a multiple of {pp}"
+            f"schedule: {schedule} goes in {rounds} rounds ({micro_batches} micro-batches / pp {pp}), which do not "
+            f"divide {micro_batches}; make gradient_accumulation_steps a multiple of {pp}"
         )
-    if schedule == "zero_bubble" and recompute != "none":
+    if schedule == "zero_bubble" and (what := split):
         raise ValueError(
-            f"schedule: zero_bubble goes through the backward pass twice, and activation checkpointing ({recompute}) "
-            "computes anew but once; set train.activation_checkpointing=none, or take schedule=1f1b"
+            f"schedule: zero_bubble takes the backward pass apart, and torch's way of it loses the gradients of "
+            f"{what}; take schedule=1f1b or interleaved"
         )
+
+
+def lost_when_split(names: Iterable[str], frozen: bool) -> str:
+    """Return which parameters have no gradient where weights' gradients are computed apart; "" for none.
+
+    Args:
+        names: of the model's parameters.
+        frozen: whether some of them are not trained.
+    """
+    found = ["learned sinks"] if any(name.endswith(".sinks") for name in names) else []
+    return " and of ".join([*found, *(["LoRA"] if frozen else [])])
 
 
 class Pipeline:
@@ -101,7 +115,10 @@ class Pipeline:
         prepare: Prepare = lambda stage, layers: None,
     ) -> None:
         parts, rank, ranks = parts_of(model), mesh.get_local_rank(), mesh.size()
-        check_pipeline(len(parts.layers), ranks, schedule, micro_batches)
+        lost = lost_when_split(
+            (name for name, _ in model.named_parameters()), not all(p.requires_grad for p in model.parameters())
+        )
+        check_pipeline(len(parts.layers), ranks, schedule, micro_batches, lost)
         weight = next(parts.decoder.parameters())
         self._device, self._dtype, self._group = weight.device, weight.dtype, mesh.get_group()
         self._rank, self._ranks = rank, ranks
@@ -152,6 +169,7 @@ class Pipeline:
             stage.eval()
             hidden = stage(hidden, judged=batch)
             stage.train(was_training)
+            reshard(stage)
             if not stage.last and (target := (index + 1) % self._ranks) != holder:
                 dist.send(hidden.contiguous(), group=self._group, group_dst=target)
         return hidden if self._stages - 1 in self.stages else None

@@ -75,7 +75,8 @@ class Stage(nn.Module):
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield this stage's modules that have weights of their own, or adapters, under the whole model's names."""
         for name, module in self.named_modules():
-            if name and not (self.tied and not self.first and module is self.head):
+            tied = self.tied and not self.first and (name == "head" or name.startswith("head."))
+            if name and not tied:
                 yield self._whole_name(name), module
 
     def _whole_name(self, name: str) -> str:

@@ -1,7 +1,7 @@
 """Decoder, head and loss as one module, and who runs it.
 
-What wraps a model (FSDP, ZeRO, a pipeline stage) does its work in the forward of the module that it wraps. Called apart,
-decoder and head would be two roots; and a weight they share could belong to one of them only.
+What wraps a model (FSDP, ZeRO, a pipeline stage) does its work in the forward of the module that it wraps. Called
+apart, decoder and head would be two roots; and a weight they share could belong to one of them only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ringspan.parallel.parts import parts_of
 
@@ -66,6 +67,16 @@ class Scorer(nn.Module):
         return score(hidden, parts.head, shift_labels)
 
 
+def reshard(root: nn.Module) -> None:
+    """Let FSDP give gathered parameters back after a pass without a backward one, which would otherwise do so.
+
+    Until then they are not the sharded ones that the optimizer and checkpoints know.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class Direct:
     """The runner of a model that is whole on its ranks, sharded or not: one forward and backward a micro-batch."""
 
@@ -88,4 +99,5 @@ class Direct:
         self._scorer.eval()
         found = self._scorer(**batch, each=True)
         self._scorer.train(was_training)
+        reshard(self._scorer)
         return found

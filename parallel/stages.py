@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 
 def cut(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
@@ -23,7 +23,7 @@ def cut(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float 
     for cost in costs:
         before.append(before[-1] + cost)
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(stage: int, start: int) -> tuple[float, int]:
         """Return the cost of the costliest stage from ``stage`` on, and where ``stage`` stops."""
         own = first if stage == 0 else 0.0

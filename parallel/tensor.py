@@ -182,7 +182,8 @@ def _share_block(block: nn.Module, ways: dict[str, str], tokens: _Tokens, mesh: 
 
     block.register_forward_pre_hook(gather, with_kwargs=True)
     last = next(getattr(block, child) for child, how in ways.items() if how == "rowwise")
-    (block if whole else last).register_forward_hook(lambda _, __, out: scatter_sum(out, group))
+    summed = block if whole else last
+    summed.register_forward_hook(lambda _, __, out: scatter_sum(out, group, recompute_first=not whole))
     if isinstance(getattr(block, "sinks", None), nn.Parameter):  # one for each query head
         cut(block, "sinks", 0, mesh)
         run_locally(block)

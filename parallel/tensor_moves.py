@@ -32,9 +32,17 @@ def gather_tokens(x: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:
     return _Gather.apply(x, tokens, group)  # pyright: ignore[reportReturnType]
 
 
-def scatter_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's shard [B, l, E] of the sum of all ranks' x [B, L, E]; the backward gathers."""
-    return _Scatter.apply(x, group)  # pyright: ignore[reportReturnType]
+def scatter_sum(x: Tensor, group: dist.ProcessGroup, *, recompute_first: bool = False) -> Tensor:
+    """Return this rank's shard [B, l, E] of the sum of all ranks' x [B, L, E]; the backward gathers.
+
+    Args:
+        x: this rank's part of the sum.
+        group: the ranks.
+        recompute_first: where checkpointing recomputes x, let the backward do so before it gathers. It is required where
+            what follows depends on a rank's tokens: experts that see none are in no graph, and ranks that recompute
+            at different times would meet in different calls.
+    """
+    return _Scatter.apply(x, group, recompute_first)  # pyright: ignore[reportReturnType]
 
 
 def sum_alike(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -55,13 +63,16 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, recompute_first: bool) -> Tensor:
         ctx.group, ctx.tokens = group, x.shape[1]
+        if recompute_first:
+            ctx.save_for_backward(x.new_empty(0))
         return _scattered(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grads[0], ctx.tokens, ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        _ = ctx.saved_tensors  # reading it recomputes
+        return _gathered(grads[0], ctx.tokens, ctx.group), None, None
 
 
 class _Sum(torch.autograd.Function):

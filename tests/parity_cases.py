@@ -51,6 +51,11 @@ class Case:
     full: bool = False  # left to make test-all
 
     @property
+    def needs(self) -> str | None:
+        """The system tool that it cannot do without: DeepSpeed compiles a part of itself."""
+        return "gxx" if self.settings.get("parallel.engine") == "deepspeed" else None
+
+    @property
     def world(self) -> int:
         """Ranks in all."""
         return prod(size for name, size in self.parallel.items() if name != "ulysses")
@@ -113,6 +118,17 @@ def truth(config: Config, dp: int) -> list[float]:
 
 
 CP = {"attention.mask": SPARSE}
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    """Return the settings of a ZeRO stage."""
+    return {
+        "parallel.engine": "deepspeed",
+        "parallel.deepspeed": {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto"},
+        **settings,
+    }
+
+
 CASES = (
     Case("dp2", {"dp_shard": 2}, settings=CP),
     Case("dp_replicate2", {"dp_replicate": 2}),
@@ -141,6 +157,14 @@ CASES = (
         "dp2-cp2-tp2", {"dp_shard": 2, "cp": 2, "tp": 2}, settings={"train.activation_checkpointing": "offload", **CP}
     ),
     Case("pp2-dp2-cp2", {"pp": 2, "dp_shard": 2, "cp": 2}, settings=CP),
+    Case("zero1-cp2", {"cp": 2}, settings=zero(1, **CP)),
+    Case("zero2-cp2", {"cp": 2}, "gpt_oss", zero(2)),
+    Case("zero3-cp2", {"cp": 2}, settings=zero(3, **CP)),
+    Case("zero1-dp2-cp2", {"dp_shard": 2, "cp": 2}, settings=zero(1), full=True),
+    Case("zero2-dp2-cp2-lora", {"dp_shard": 2, "cp": 2}, settings=zero(2, **{"lora.r": 4, **CP})),
+    Case(
+        "zero3-dp2-cp2", {"dp_shard": 2, "cp": 2}, "qwen3", zero(3, **{"train.activation_checkpointing": "selective"})
+    ),
     Case("pp2-cp2-tp2", {"pp": 2, "cp": 2, "tp": 2}, "qwen3", full=True),
     Case("pp2-hsdp2-tp2", {"pp": 2, "dp_replicate": 2, "tp": 2}, "gpt_oss", full=True),
 )

@@ -1,7 +1,7 @@
 """Evaluation on ranks equals evaluation on one; buckets and pass keys mean what they say."""
 
-import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from ringspan.finetune.evaluate import (
     loss_by_position,
     passkey_accuracy,
 )
+from ringspan.finetune.loss import ChunkedLoss
 from ringspan.finetune.model import build, read_config
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.faults import Fault
+from ringspan.parallel.mesh import Sizes, mesh_of
+from ringspan.parallel.scorer import Direct, Scorer
 from ringspan.parallel.testing import run_ranks
 
 FIELDS: dict[str, Any] = {
@@ -45,23 +48,31 @@ class Characters:
         return {"input_ids": [ord(c) % 128 for c in text]}
 
 
-def judge(group: dist.ProcessGroup | None) -> Judge:
-    trained = build(read_config(None, FIELDS), path=None, seed=3)
-    return Judge(trained, SequenceContext(group), torch.device("cpu"), contextlib.nullcontext, chunk=50)
+def model() -> Any:
+    return build(read_config(None, FIELDS), path=None, seed=3).base
 
 
-def by_position(group: dist.ProcessGroup | None) -> tuple[list[float], list[int]]:
-    return loss_by_position(judge(group), DOCUMENTS, EDGES)
+def judge(group: dist.ProcessGroup | None, dp: int = 1) -> Judge:
+    """``dp`` groups of ranks share the examples, and the ranks of a group each example."""
+    runner = Direct(Scorer(model(), ChunkedLoss(50)))
+    if group is None or dp == 1:
+        return Judge(runner, SequenceContext(group), torch.device("cpu"), group)
+    mesh = mesh_of(Sizes(dp_shard=dp, cp=dist.get_world_size(group) // dp), "cpu")
+    return Judge(runner, SequenceContext(mesh.context), torch.device("cpu"), group, share=(mesh.place["dp"], dp))
+
+
+def by_position(group: dist.ProcessGroup | None, dp: int = 1) -> tuple[list[float], list[int]]:
+    return loss_by_position(judge(group, dp), DOCUMENTS, EDGES)
 
 
 def test_buckets_hold_the_loss_of_their_positions() -> None:
-    model = judge(None).trained.base
+    stock = model()
     sums, counts = by_position(None)
     wanted, scored = [0.0] * 3, [0] * 3
     for document in DOCUMENTS:
         ids = torch.tensor(document)[None]
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logits = stock(input_ids=ids, use_cache=False).logits[0]
         for i in range(len(document) - 1):
             bucket = 0 if i < 64 else 1 if i < 128 else 2
             wanted[bucket] += float(F.cross_entropy(logits[i], ids[0, i + 1]))
@@ -70,19 +81,19 @@ def test_buckets_hold_the_loss_of_their_positions() -> None:
     assert sums == pytest.approx(wanted, rel=1e-5)
 
 
-def test_ranks_judge_like_one() -> None:
+@pytest.mark.parametrize("dp", [1, 2])
+def test_ranks_judge_like_one(dp: int) -> None:
     sums, counts = by_position(None)
-    for found_sums, found_counts in run_ranks(by_position, 4):  # documents shorter than the world among them
+    # Documents shorter than the world are among them, and fewer in the last turn than there are groups.
+    for found_sums, found_counts in run_ranks(by_position, 4 if dp == 1 else 6, dp if dp == 1 else 3):
         assert found_counts == counts
         assert found_sums == pytest.approx(sums, rel=1e-5)
 
 
-def keys(group: dist.ProcessGroup | None, knows: bool) -> list[list[float]]:
-    one = judge(group)
-    if knows:  # a head that copies: hidden states are the next token's one-hot
-        one = Judge(_Oracle(), one.context, one.device, one.autocast, one.chunk)  # pyright: ignore[reportArgumentType]
+def keys(group: dist.ProcessGroup | None, knows: bool, dp: int = 1) -> list[list[float]]:
+    one = judge(group, dp)
     return passkey_accuracy(
-        one,
+        replace(one, runner=_Oracle()) if knows else one,
         Characters(),
         lengths=[200, 230],
         depths=[0.0, 0.5, 1.0],
@@ -93,15 +104,17 @@ def keys(group: dist.ProcessGroup | None, knows: bool) -> list[list[float]]:
 
 
 class _Oracle:
-    """Stands for a model that always knows the next token: reads it from the labels' own sequence."""
+    """Runs a model that always knows the next token: reads it from the sequence; where a shard ends, from the label."""
 
-    def __init__(self) -> None:
-        self.model = torch.nn.Identity()
-        self.head = torch.nn.Identity()
+    def backward(self, batches: Any, scale: float) -> torch.Tensor:
+        raise NotImplementedError
 
-    def decoder(self, input_ids: torch.Tensor, **_: object) -> Any:
-        ids = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
-        return type("Out", (), {"last_hidden_state": F.one_hot(ids, 128).float()})
+    def losses(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = batch["input_ids"], batch["shift_labels"]
+        follows = batch["position_ids"][:, 1:] == batch["position_ids"][:, :-1] + 1
+        hits = torch.ones_like(labels, dtype=torch.bool)
+        hits[:, :-1] = torch.where(follows, ids[:, 1:] == labels[:, :-1], True)
+        return torch.zeros(labels.shape), hits
 
 
 def test_passkeys_are_found_by_one_who_knows_and_missed_by_one_who_does_not() -> None:
@@ -125,3 +138,8 @@ def test_edges_double_up_to_the_length() -> None:
     assert edges_up_to(512) == [0, 64, 128, 256, 512]
     assert edges_up_to(1000) == [0, 64, 128, 256, 512, 1000]
     assert edges_up_to(40) == [0, 40]
+
+
+def test_groups_of_ranks_share_the_pass_keys() -> None:
+    assert run_ranks(keys, 4, True, 2) == [[[1.0, 1.0]] * 3] * 4
+    assert run_ranks(keys, 4, False, 2) == [[[0.0, 0.0]] * 3] * 4

@@ -13,17 +13,20 @@ from ringspan.parallel.testing import run_ranks
 
 
 @pytest.fixture(autouse=True)
-def _quiet_numbers() -> Any:
-    torch.set_flush_denormal(True)  # as in training
+def _as_in_training(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    torch.set_flush_denormal(True)
+    # A build of DeepSpeed's that was killed leaves a lock; a folder of this session's own has none.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.getbasetemp() / "extensions"))
     yield
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=pytest.mark.full) if case.full else case for case in CASES],
-    ids=lambda case: case.name,
-)
+def marks(case: Case) -> list[Any]:
+    found = [pytest.mark.full] if case.full else []
+    return found + ([pytest.mark.needs(case.needs)] if case.needs else [])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case), id=case.name) for case in CASES])
 def test_a_mesh_learns_what_one_rank_learns(case: Case, tmp_path: Path, text_folder: Path) -> None:
     config = case.config(tmp_path, text_folder)
     found = run_ranks(on_mesh, case.world, config, timeout=150)

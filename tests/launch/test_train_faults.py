@@ -51,8 +51,65 @@ def test_a_world_that_the_config_contradicts(tiny: Any) -> None:
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("ringspan: ")]
     assert said == [
-        "ringspan: parallel.cp: the config wants 4 ranks, but 2 were started; start 4, or pass --parallel.cp 2"
+        "ringspan: parallel: dp_shard: 2 ranks / (pp 1 x dp_replicate 1 x cp 4 x tp 1 = 4) is no whole number; "
+        "change one of them"
     ]
+    done = tiny.train(path, "parallel.dp_shard=1", launcher=[*TORCHRUN, "-m", "ringspan.launch.train"])
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("ringspan: ")]
+    assert said == [
+        "ringspan: parallel: pp 1 x dp_replicate 1 x dp_shard 1 x cp 4 x tp 1 = 4 ranks, but there are 2; start 4, or "
+        "let one size be -1 to take the rest"
+    ]
+
+
+def test_ranks_with_different_configs_stop_before_anything_is_built(tiny: Any) -> None:
+    path = tiny.config(parallel={"cp": 2})
+    # Each rank of the launcher adds its own rank to the settings.
+    script = tiny.folder / "rank.py"
+    script.write_text(
+        "import os, sys\nfrom ringspan.launch.train import main\n"
+        "sys.exit(main([sys.argv[1], 'train.seed=' + os.environ['RANK']]))\n"
+    )
+    done = tiny.train(path, launcher=[*TORCHRUN, str(script)])
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("ringspan: ")]
+    assert len(said) == 1, done.stderr
+    assert "config" in said[0]
+    assert not (tiny.folder / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"tp": 4}}, r"parallel\.tp: 4 ranks cannot share 2 KV heads: 2 / 4 is no whole number"),
+        ({"parallel": {"pp": 3}}, r"parallel\.pp: 1f1b makes 3 stages, and 2 layers are too few"),
+        ({"parallel": {"pp": 2, "schedule": "interleaved"}}, r"4 stages \(2 on each of 2 ranks\), and 2 layers"),
+        ({"parallel": {"pp": 2, "schedule": "zero_bubble"}, "lora": {"r": 2}}, "zero_bubble.*loses.*LoRA"),
+        (
+            {"parallel": {"cp": 8, "ulysses": 8}, "attention": {"strategy": "ulysses"}},
+            "attention.strategy: 'ulysses' cannot deal 4 query heads to 8 ranks",
+        ),
+        ({"parallel": {"dp_shard": -1}}, "a size of -1 takes what the world leaves, and without a GPU nothing says"),
+        (
+            {"parallel": {"engine": "deepspeed", "deepspeed": "none.json"}},
+            "parallel.deepspeed: none.json cannot be read",
+        ),
+        (
+            {"parallel": {"cp": 2, "engine": "deepspeed", "deepspeed": {"gradient_clipping": 0.5}}},
+            "parallel.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm is 1.0; make them equal",
+        ),
+        (
+            {"parallel": {"cp": 2, "engine": "deepspeed", "deepspeed": {"optimizer": {"type": "Adam"}}}},
+            "parallel.deepspeed: optimizer is set, but the optimizer is AdamW",
+        ),
+    ],
+)
+def test_meshes_and_engines_that_cannot_be(tiny: Any, sections: dict[str, Any], message: str) -> None:
+    done = tiny.train(tiny.config(**sections))
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
 
 
 def test_a_broken_line_found_while_training_stops_all_ranks_once(tiny: Any) -> None:
