@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ringspan.finetune.export_weights import Part, index, whole, write
+from ringspan.finetune.export_weights import Part, index, write
 from ringspan.finetune.publish import check_space, failure, put, remove, sync_tree
+from ringspan.parallel.data import whole
 from ringspan.parallel.faults import Fault
 
 REMEDY = "move train.output_dir to a larger disk"

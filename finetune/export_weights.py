@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ringspan.finetune.publish import sync_tree
+from ringspan.parallel.data import whole
 from ringspan.parallel.faults import Fault
 
 MAX_BYTES = 2 << 30  # of a file
@@ -47,15 +47,6 @@ class Unit:
 
     bytes: int
     gather: Callable[[bool], Mapping[str, Tensor]]
-
-
-def whole(x: Tensor) -> Tensor:
-    """Return all of a tensor, on every rank that holds a part of it; all of them call this."""
-    part: Any = x.detach()
-    if not isinstance(x, DTensor):
-        return part
-    kind = x.device_mesh.device_type  # gathered there, where parameters are kept on the host
-    return (part if part.device.type == kind else part.to(kind)).full_tensor()
 
 
 def units(modules: Iterable[tuple[str, nn.Module]], gather: Callable[[Tensor], Tensor] = whole) -> list[Unit]:

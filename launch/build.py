@@ -1,8 +1,7 @@
-"""From the config to objects: the only module that knows both sides."""
+"""From the config to objects: with ``engines``, the modules that know both sides."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections import Counter
@@ -21,23 +20,15 @@ from ringspan.finetune import rope as rope_scaling
 from ringspan.finetune.data import SequenceStream
 from ringspan.finetune.evaluate import Judge
 from ringspan.finetune.files import find_files
-from ringspan.finetune.loss import ChunkedLoss
 from ringspan.finetune.model import Lora, Trained, build, heads_of, local_heads, read_config, read_tokenizer
-from ringspan.finetune.optim import build_optimizer
 from ringspan.finetune.track import Tracker
+from ringspan.launch import engines
 from ringspan.launch.plan_inputs import checked_mask, gradient_dtype, layer_masks, layout_of, measured_costs
 from ringspan.launch.ranks import Place
 from ringspan.parallel.context import SequenceContext
-from ringspan.parallel.engine import Engine, Saved, Sharded
 from ringspan.parallel.faults import Fault, together
-from ringspan.parallel.mesh import Sizes
-from ringspan.parallel.parallelize import Parallel, Staging, parallelize, prepare
-from ringspan.parallel.parts import parts_of
-from ringspan.parallel.pipeline import check_pipeline
 from ringspan.parallel.recompute import keeps_attention
-from ringspan.parallel.scorer import Runner, Scorer
-from ringspan.parallel.tensor import check_tensor
-from ringspan.parallel.zero_config import read, resolve
+from ringspan.parallel.scorer import Runner
 
 
 def check_inputs(config: Config) -> None:
@@ -59,9 +50,9 @@ def check_inputs(config: Config) -> None:
     scaling(config, hf_config)
     if config.attention.mask is not None:
         checked_mask(config.attention.mask, heads_of(hf_config.get_text_config()).kv_heads, config.data.seq_length)
-    _check_mesh(config, hf_config)
+    engines.check_mesh(config, hf_config)
     if config.parallel.engine == "deepspeed":
-        _check_deepspeed(config)
+        engines.check_deepspeed(config)
     _check_strategy(config, hf_config)
     _costs(config)
     folder = Path(config.train.output_dir)
@@ -89,49 +80,6 @@ def scaling(config: Config, hf_config: Any) -> rope_scaling.Rope | None:
         return None
     target = config.rope.target_length or config.data.seq_length
     return rope_scaling.work_out(hf_config, config.rope.type, target_length=target, factor=config.rope.factor)
-
-
-def sizes(config: Config, *, launched: bool) -> Sizes:
-    """Return the mesh's sizes; an unset dp_shard takes up the world under a launcher that says how large it is."""
-    parallel = config.parallel
-    given = (parallel.pp, parallel.dp_replicate, parallel.cp, parallel.tp)
-    shard = parallel.dp_shard if parallel.dp_shard is not None else (-1 if launched and -1 not in given else 1)
-    return Sizes(parallel.pp, parallel.dp_replicate, shard, parallel.cp, parallel.ulysses, parallel.tp)
-
-
-def _check_mesh(config: Config, hf_config: Any) -> None:
-    """Check that heads and layers divide as the mesh asks.
-
-    Raises:
-        Fault: if not.
-    """
-    hf, parallel = hf_config.get_text_config(), config.parallel
-    try:
-        if parallel.tp > 1:
-            check_tensor(hf, parallel.tp)
-        if parallel.pp > 1:
-            check_pipeline(
-                hf.num_hidden_layers,
-                parallel.pp,
-                parallel.schedule,
-                config.train.gradient_accumulation_steps,
-                "LoRA" if config.lora is not None else "",
-            )
-    except ValueError as error:
-        raise Fault(f"parallel.{error}") from error
-    if config.train.compile and not torch.cuda.is_available() and shutil.which("g++") is None:
-        raise Fault(
-            "train.compile: on the CPU torch compiles with g++, which is not installed; install it, or set false"
-        )
-
-
-def _check_deepspeed(config: Config) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise Fault("parallel.engine: deepspeed is not installed: pip install 'ringspan[deepspeed]'")
-    given, train = read(config.parallel.deepspeed), config.train
-    batch = given.get("train_batch_size")
-    ranks = batch // (train.batch_size * train.gradient_accumulation_steps) if isinstance(batch, int) else 1
-    zero_config(config, ranks)  # the batch is checked once the world is known
 
 
 def _check_strategy(config: Config, hf_config: Any) -> None:
@@ -170,86 +118,6 @@ def make_model(config: Config, place: Place, *, scaled: bool = True) -> Trained:
         seed=config.train.seed,
         device=place.device,
     )
-
-
-def make_parallel(config: Config, place: Place, trained: Trained, *, training: bool = True) -> Parallel:
-    """Put the model on the mesh; ``training=False``: only to be judged."""
-    train, layout = config.train, make_layout(config, trained.base.config)
-    preparing = _preparing(config) if training else {**_preparing(config), "recompute": "none", "compile": False}
-    loss = ChunkedLoss(train.loss_chunk, place.mesh.group("tp") if place.mesh is not None else None)
-    gather = config.parallel.gather_dtype
-    try:
-        return parallelize(
-            trained.model,
-            place.mesh,
-            loss=loss,
-            staging=Staging(
-                config.parallel.schedule,
-                train.gradient_accumulation_steps,
-                train.batch_size,
-                max(layout.share(rank, place.sizes.cp, config.data.seq_length) for rank in range(place.sizes.cp)),
-                config.data.seq_length,
-            ),
-            **preparing,
-            gather_dtype=torch.bfloat16 if gather == "bfloat16" else None,
-            offload=config.parallel.cpu_offload,
-        )
-    except ValueError as error:
-        raise Fault(str(error)) from error
-
-
-def make_engine(config: Config, place: Place, trained: Trained, saved: Saved | None = None) -> Engine:
-    """Put the model on the mesh and give it an optimizer: what the loop trains; with a checkpoint's weights, if any."""
-    train = config.train
-    settings = {"betas": (train.adam_beta1, train.adam_beta2), "weight_decay": train.weight_decay}
-    if config.parallel.engine == "deepspeed":
-        return _make_zero(config, place, trained, settings, saved)
-    parallel = make_parallel(config, place, trained)
-    optimizer = build_optimizer(parallel.named_parameters(), **settings)
-    engine = Sharded(parallel, optimizer, max_norm=train.max_grad_norm, group=place.group, device=place.device)
-    if saved is not None:
-        engine.restore(saved)
-    return engine
-
-
-def _make_zero(config: Config, place: Place, trained: Trained, settings: dict[str, Any], saved: Saved | None) -> Engine:
-    from ringspan.parallel.zero import Zero
-
-    if place.group is None:
-        raise Fault("parallel.engine: deepspeed shards over ranks, and there is one; give parallel.cp or dp_shard")
-    scorer = Scorer(trained.model, ChunkedLoss(config.train.loss_chunk))
-    prepare(scorer, list(parts_of(trained.model).layers), device=place.device.type, **_preparing(config))
-    optimizer = build_optimizer(trained.model.named_parameters(), **settings)
-    return Zero(
-        scorer, optimizer, config=zero_config(config, place.world), group=place.group, device=place.device, saved=saved
-    )
-
-
-def zero_config(config: Config, ranks: int) -> dict[str, Any]:
-    """Return what DeepSpeed is told.
-
-    Raises:
-        Fault: for a key that contradicts the config.
-    """
-    train = config.train
-    return resolve(
-        read(config.parallel.deepspeed),
-        micro_batch=train.batch_size,
-        micro_batches=train.gradient_accumulation_steps,
-        ranks=ranks,
-        max_norm=train.max_grad_norm,
-    )
-
-
-def _preparing(config: Config) -> dict[str, Any]:
-    """Return what is done to the layers before they are sharded."""
-    train = config.train
-    return {
-        "recompute": train.activation_checkpointing,
-        "mlp_tile": train.mlp_tile,
-        "compile": train.compile,
-        "autocast": torch.bfloat16 if config.model.dtype == "bfloat16" else None,
-    }
 
 
 def make_stream(config: Config, tokenizer: Any) -> SequenceStream:
@@ -320,7 +188,7 @@ def make_judge(config: Config, runner: Runner, place: Place) -> Judge:
 def untouched_judge(config: Config, place: Place) -> Judge:
     """Build the judge of the model as it came, on the same mesh."""
     trained = together(place.group, "model", lambda: make_model(config, place, scaled=False))
-    return make_judge(config, make_parallel(config, place, trained, training=False).runner, place)
+    return make_judge(config, engines.make_parallel(config, place, trained, training=False).runner, place)
 
 
 def memory_settings(config: Config) -> dict[str, object]:

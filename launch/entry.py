@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from ringspan.configs.load import dump
 from ringspan.configs.schema import Config
 from ringspan.dist_attn import Disagreement
-from ringspan.launch import build, ranks
+from ringspan.launch import build, engines, ranks
 from ringspan.launch.ranks import Place
 from ringspan.parallel import memory
 from ringspan.parallel.faults import Fault, together
@@ -39,7 +39,7 @@ def launch(config: Config, config_path: str, overrides: list[str], *, module: st
         module: what a rank runs, with the config's path and the overrides; it calls ``as_rank``.
     """
     try:
-        sizes = build.sizes(config, launched=False)
+        sizes = engines.sizes(config, launched=False)
         build.check_inputs(config)
         count = ranks.started(sizes)
     except Fault as fault:
@@ -63,7 +63,7 @@ def as_rank(config: Config, work: Work, *, launched: bool = True) -> int:
     rank, stage = int(os.environ.get("RANK", "0")), Stage()
     transformers_logging.disable_progress_bar()  # ours is the one that counts steps
     try:
-        with ranks.joined(build.sizes(config, launched=launched), config.parallel.timeout_s) as place:
+        with ranks.joined(engines.sizes(config, launched=launched), config.parallel.timeout_s) as place:
             digest = hashlib.sha256(dump(config).encode()).hexdigest()[:16]
             together(place.group, f"config {digest}", lambda: build.check_inputs(config))
             return work(config, place, stage)

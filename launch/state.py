@@ -13,7 +13,7 @@ from ringspan.finetune.data import SequenceStream
 from ringspan.finetune.model import Trained
 from ringspan.finetune.optim import rate_at
 from ringspan.finetune.shards import Reader
-from ringspan.launch import build, saving
+from ringspan.launch import build, engines, saving
 from ringspan.launch.ranks import Place
 from ringspan.parallel.boundaries import shift_labels
 from ringspan.parallel.context import IGNORE
@@ -51,7 +51,7 @@ class State:
         trained = together(place.group, "model", lambda: State._model(config, place, saved))
         reader = None if saved is None else Reader(saved.path)
         # Not together with the other ranks: it communicates, and what it refuses, it refuses on all of them.
-        engine = build.make_engine(config, place, trained, reader)
+        engine = engines.make_engine(config, place, trained, reader)
         torch.manual_seed(config.train.seed + place.at("dp_cp"))  # tensor parallel ranks drop the same features
         state = together(place.group, "data", lambda: State(trained, engine, build.make_stream(config, tokenizer)))
         if saved is not None and reader is not None:

@@ -53,6 +53,15 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def whole(x: Tensor) -> Tensor:
+    """Return all of a tensor, on every rank that holds a part of it; all of them call this."""
+    part: Any = x.detach()
+    if not isinstance(x, DTensor):
+        return part
+    kind = x.device_mesh.device_type  # gathered there, where parameters are kept on the host
+    return (part if part.device.type == kind else part.to(kind)).full_tensor()
+
+
 def sum_gradients(
     parameters: Iterable[nn.Parameter],
     group: dist.ProcessGroup | None,

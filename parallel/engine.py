@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ringspan.parallel.data import whole
 from ringspan.parallel.gradients import Sums, scale, square_sum, total
 from ringspan.parallel.optimizer_state import restore_state, state_tensors
 from ringspan.parallel.parallelize import Parallel
@@ -144,11 +145,7 @@ class Sharded:
 
     def whole(self, x: Tensor) -> Tensor:
         """See ``Engine``."""
-        part: Any = x.detach()
-        if not isinstance(x, DTensor):
-            return part
-        kind = x.device_mesh.device_type  # gathered there, where parameters are kept on the host
-        return (part if part.device.type == kind else part.to(kind)).full_tensor()
+        return whole(x)
 
     def saved(self) -> dict[str, Tensor]:
         """See ``Engine``."""

@@ -1,11 +1,12 @@
 """DeepSpeed ZeRO around a model whose sequences are sharded.
 
-To DeepSpeed a rank that holds a shard of a sequence is a data parallel rank like any other: its group is all ranks, data
-and sequence together, and nothing is said of sequences. This is right at every stage, where groups of sequences are not.
-DeepSpeed averages gradients over the group; the loss is therefore multiplied by its size, and gradients are sums again.
+To DeepSpeed a rank that holds a shard of a sequence is a data parallel rank like any other: its group is all ranks,
+data and sequence together, and nothing is said of sequences. This is right at every stage, where groups of sequences
+are not. DeepSpeed averages gradients over the group; the loss is therefore multiplied by its size, and gradients are
+sums again.
 
-Checkpoints are ours, not DeepSpeed's: weights and optimizer state come out of it one tensor at a time, whole, and go into
-the files that every mesh and both engines read. Nothing is pickled.
+Checkpoints are ours, not DeepSpeed's: weights and optimizer state come out of it one tensor at a time, whole, and go
+into the files that every mesh and both engines read. Nothing is pickled.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def resolve(
         given: the user's; ``auto`` and what is absent is filled in, the rest passed through.
         micro_batch: sequences of a micro-batch, train.batch_size.
         micro_batches: of a step, train.gradient_accumulation_steps.
-        ranks: of data and sequence together; to DeepSpeed each of them is a data parallel rank, and its batch size counts
-            a shard of a sequence like a sequence.
+        ranks: of data and sequence together; to DeepSpeed each of them is a data parallel rank, and its batch size
+            counts a shard of a sequence like a sequence.
         max_norm: train.max_grad_norm.
 
     Raises:
@@ -86,8 +86,8 @@ def resolve(
     batch = micro_batch * micro_batches * ranks
     if out.pop("train_batch_size", AUTO) not in (AUTO, batch):
         raise Fault(
-            f"parallel.deepspeed: train_batch_size is {given['train_batch_size']}, but train.batch_size {micro_batch} x "
-            f"gradient_accumulation_steps {micro_batches} x {ranks} ranks = {batch}; write auto, or leave it out"
+            f"parallel.deepspeed: train_batch_size is {given['train_batch_size']}, but train.batch_size {micro_batch} "
+            f"x gradient_accumulation_steps {micro_batches} x {ranks} ranks = {batch}; write auto, or leave it out"
         )
     for name, (value, setting) in ours.items():
         if (theirs := out.get(name, AUTO)) not in (AUTO, value):

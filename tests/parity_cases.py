@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ringspan.configs.load import load
 from ringspan.configs.schema import Config
 from ringspan.finetune.model import read_tokenizer
-from ringspan.launch import build
+from ringspan.launch import build, engines
 from ringspan.launch.meter import Meter
 from ringspan.launch.ranks import Place
 from ringspan.launch.state import State
@@ -89,7 +89,7 @@ class Case:
 def on_mesh(group: dist.ProcessGroup, config: Config) -> dict[str, Any]:
     """Run one rank: verify the first step, then train; return the worst errors and the losses."""
     world = dist.get_world_size(group)
-    mesh = mesh_of(build.sizes(config, launched=False).resolved(world), "cpu")
+    mesh = mesh_of(engines.sizes(config, launched=False).resolved(world), "cpu")
     place = Place(dist.get_rank(group), world, torch.device("cpu"), group, mesh)
     report = compare(config, place, read_tokenizer(build.tokenizer_path(config)))
     worst = max(report.gradients, key=lambda name: report.gradients[name])

@@ -9,10 +9,10 @@ from tiny_layers import batch, build_model, config_of
 
 from ringspan.configs.load import load
 from ringspan.configs.schema import Attention, Config
-from ringspan.dist_attn import Causal, Window, ZigZag, plan
+from ringspan.dist_attn import Causal, Window
 from ringspan.dist_attn.balanced import Balanced
 from ringspan.dist_attn.cost import typical
-from ringspan.dist_attn.strategies import NAMES, TABLE
+from ringspan.dist_attn.strategies import NAMES
 from ringspan.launch import build
 from ringspan.launch.plan_inputs import layer_masks
 from ringspan.launch.ranks import Place

@@ -13,7 +13,7 @@ from parity_cases import SPARSE, Case
 from ringspan.configs.schema import Config
 from ringspan.finetune.model import read_tokenizer
 from ringspan.finetune.shards import Reader
-from ringspan.launch import build, saving
+from ringspan.launch import build, engines, saving
 from ringspan.launch.meter import Meter
 from ringspan.launch.ranks import Place
 from ringspan.launch.state import State
@@ -29,7 +29,7 @@ def go_on(group: dist.ProcessGroup | None, config: Config, steps: int, save: boo
     """Train to ``steps`` from the checkpoint, if there is one; return the losses, and what was loaded."""
     place = Place(0, 1, torch.device("cpu"), None)
     if group is not None and (world := dist.get_world_size(group)) > 1:
-        mesh = mesh_of(build.sizes(config, launched=False).resolved(world), "cpu")
+        mesh = mesh_of(engines.sizes(config, launched=False).resolved(world), "cpu")
         place = Place(dist.get_rank(group), world, torch.device("cpu"), group, mesh)
     found = saving.find(config, place)
     state = State.start(config, place, read_tokenizer(build.tokenizer_path(config)), found)

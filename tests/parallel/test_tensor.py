@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tensor_cases import ATTENTION, MLP, PACKED, WHOLE, Case, build, by_ours, truth
+from tensor_cases import ATTENTION, MLP, WHOLE, Case, build, by_ours, truth
 from tiny_layers import batch
 from torch.distributed.tensor import DTensor
 
