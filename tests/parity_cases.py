@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ringspan.configs.load import load
 from ringspan.configs.schema import Config
+from ringspan.finetune.corpus import train_tokenizer
 from ringspan.finetune.model import read_tokenizer
 from ringspan.launch import build, engines
 from ringspan.launch.meter import Meter
@@ -38,6 +39,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SPARSE = "causal & (window(16) | sinks(4))"
 STEPS = 10
+WORDS = ["def", "return", "import", "class", "self", "value", "for", "while", "if", "else", "print", "range", "list"]
+
+
+def write_text(folder: Path) -> Path:
+    """Write twelve documents of about 600 characters, four held out, and a byte tokenizer; return the folder."""
+    folder.mkdir(exist_ok=True)
+    documents = [" ".join(WORDS[(i * i + j * (i + 3)) % len(WORDS)] for i in range(100 + 7 * j)) for j in range(16)]
+    for name, part in (("train", documents[:12]), ("heldout", documents[12:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    train_tokenizer(documents, 257).save_pretrained(folder / "tokenizer")
+    return folder
 
 
 @dataclass(frozen=True)

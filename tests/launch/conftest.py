@@ -12,21 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
-
-from ringspan.finetune.corpus import train_tokenizer
-
-WORDS = ["def", "return", "import", "class", "self", "value", "for", "while", "if", "else", "print", "range", "list"]
+from parity_cases import write_text
 
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve documents of about 600 characters, four held out, and a byte tokenizer."""
-    folder = tmp_path_factory.mktemp("text")
-    documents = [" ".join(WORDS[(i * i + j * (i + 3)) % len(WORDS)] for i in range(100 + 7 * j)) for j in range(16)]
-    for name, part in (("train", documents[:12]), ("heldout", documents[12:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    train_tokenizer(documents, 257).save_pretrained(folder / "tokenizer")
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 class TinyRun:
