@@ -147,7 +147,6 @@ class _Call:
                 ]
             for whole, out, dim in zip(wholes, outs, self.dims, strict=True):
                 _rows(whole, dim, span).copy_(out)
-        torch.clear_autocast_cache()  # weights cast here have no gradient: they must not serve where one is needed
         return tuple(wholes)
 
     def backward(self, x: Tensor, grads: tuple[Tensor | None, ...], needed: bool) -> list[Tensor | None]:

@@ -128,6 +128,8 @@ class Zero:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         out: dict[str, Tensor] = {}
+        if self._steps():
+            self._link_state()
         rank = dist.get_rank(self._group)
         for number, (name, parameter) in enumerate(self._trained()):
             found = {f"model/{name}": self.whole(parameter)}
@@ -146,11 +148,12 @@ class Zero:
             return
         count = torch.zeros(())
         saved.fill({counts[0]: count})  # one for all, as torch's AdamW has them
-        for parameter in (p for group in self._inner().param_groups for p in group["params"]):
+        held = self._engine.optimizer
+        flat = held.fp32_partitioned_groups_flat if self._stage == _LARGEST else held.single_partition_of_fp32_groups
+        for parameter in flat:
             moments = {key: torch.zeros_like(parameter) for key in _STATE}
             self._inner().state[parameter] = {"step": count.clone(), **moments}
-        if self._stage < _LARGEST:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # it has no public name
+        self._link_state()
         for name, parameter in self._trained():
             for key in _STATE:
                 value = torch.zeros(self._shape(parameter))
@@ -171,6 +174,16 @@ class Zero:
         size, rank = parameter.ds_tensor.numel(), dist.get_rank(self._group)
         flat = torch.cat([value.flatten(), value.new_zeros(size * self._world - value.numel())])
         safe_set_local_optimizer_state(parameter, flat[rank * size : (rank + 1) * size], key)
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find each parameter's part of the optimizer state, whose groups all have it by now.
+
+        It does so itself in the first step, when only the first group has any: the others' stays unknown to it (0.19).
+        """
+        if self._stage < _LARGEST:
+            held = self._engine.optimizer
+            held._hp_optimizer_states_linked = False
+            held._lazy_init_hp_params_optimizer_state()  # neither has a public name
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]

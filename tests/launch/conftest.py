@@ -21,6 +21,12 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
+@pytest.fixture
+def extensions(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where DeepSpeed puts what it compiles: a killed build leaves a lock, and a folder of this session has none."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.getbasetemp() / "extensions"))
+
+
 class TinyRun:
     """Writes a config and runs ``ringspan train`` on it in a child process with a hard timeout."""
 

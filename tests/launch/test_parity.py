@@ -13,10 +13,8 @@ from ringspan.parallel.testing import run_ranks
 
 
 @pytest.fixture(autouse=True)
-def _as_in_training(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+def _as_in_training(extensions: None) -> Any:
     torch.set_flush_denormal(True)
-    # A build of DeepSpeed's that was killed leaves a lock; a folder of this session's own has none.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.getbasetemp() / "extensions"))
     yield
     torch.set_flush_denormal(False)
 

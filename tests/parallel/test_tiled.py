@@ -318,7 +318,7 @@ def test_what_cannot_be_tiled_is_refused_by_name() -> None:
         tile_mlps([layer], 20)
         with pytest.raises(ValueError, match=r"mlp_tile: the MLP of layer 0 \(Module\) " + said):
             layer.mlp(torch.randn(2, LENGTH, 32))
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
     config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, output_router_logits=True)
     with pytest.raises(ValueError, match=r"mlp_tile: layer 0 \(MixtralDecoderLayer\) is asked for its router's logits"):
         tile_mlps(parts_of(MixtralForCausalLM(config)).layers, 4)
