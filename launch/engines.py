@@ -22,7 +22,7 @@ from ringspan.parallel.parts import parts_of
 from ringspan.parallel.pipeline import check_pipeline
 from ringspan.parallel.scorer import Scorer
 from ringspan.parallel.tensor import check_tensor
-from ringspan.parallel.zero_config import read, resolve
+from ringspan.parallel.zero_config import LARGEST_STAGE, read, resolve
 
 
 def sizes(config: Config, *, launched: bool) -> Sizes:
@@ -70,7 +70,12 @@ def check_deepspeed(config: Config) -> None:
     given, train = read(config.parallel.deepspeed), config.train
     batch = given.get("train_batch_size")
     ranks = batch // (train.batch_size * train.gradient_accumulation_steps) if isinstance(batch, int) else 1
-    zero_config(config, ranks)  # the batch is checked once the world is known
+    stage = zero_config(config, ranks)["zero_optimization"]["stage"]  # the batch is checked once the world is known
+    if stage == LARGEST_STAGE and train.mlp_tile is not None:
+        raise Fault(
+            f"train.mlp_tile: {train.mlp_tile} does not compose with ZeRO-3, which cuts the weights that tiles need whole; "
+            "leave it out, take stage 2, or parallel.engine=fsdp"
+        )
 
 
 def make_parallel(config: Config, place: Place, trained: Trained, *, training: bool = True) -> Parallel:

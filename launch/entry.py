@@ -72,7 +72,8 @@ def as_rank(config: Config, work: Work, *, launched: bool = True) -> int:
             print(f"ringspan: {fault}", file=sys.stderr, flush=True)
         return stage.code
     except (RuntimeError, MemoryError) as error:
-        told = memory.explain(error, rank=rank, settings=build.memory_settings(config))
+        in_use = memory.resident_bytes()
+        told = memory.explain(error, rank=rank, settings=build.memory_settings(config), in_use=in_use)
         if told is None:
             raise
         print(f"ringspan: {told}", file=sys.stderr, flush=True)

@@ -24,9 +24,9 @@ from torch.optim import Optimizer
 from ringspan.parallel.engine import Saved
 from ringspan.parallel.gradients import Sums, total
 from ringspan.parallel.scorer import Batch, Scorer
+from ringspan.parallel.zero_config import LARGEST_STAGE
 
 _STATE = ("exp_avg", "exp_avg_sq")
-_LARGEST = 3  # the stage that shards parameters, too
 
 
 class Zero:
@@ -149,7 +149,9 @@ class Zero:
         count = torch.zeros(())
         saved.fill({counts[0]: count})  # one for all, as torch's AdamW has them
         held = self._engine.optimizer
-        flat = held.fp32_partitioned_groups_flat if self._stage == _LARGEST else held.single_partition_of_fp32_groups
+        flat = (
+            held.fp32_partitioned_groups_flat if self._stage == LARGEST_STAGE else held.single_partition_of_fp32_groups
+        )
         for parameter in flat:
             moments = {key: torch.zeros_like(parameter) for key in _STATE}
             self._inner().state[parameter] = {"step": count.clone(), **moments}
@@ -167,7 +169,7 @@ class Zero:
     def _set(self, parameter: Any, key: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self._stage < _LARGEST:
+        if self._stage < LARGEST_STAGE:
             safe_set_full_optimizer_state(parameter, value, key)
             return
         # By its own part: DeepSpeed's setter of the whole does not know of the padding at its end.
@@ -180,7 +182,7 @@ class Zero:
 
         It does so itself in the first step, when only the first group has any: the others' stays unknown to it (0.19).
         """
-        if self._stage < _LARGEST:
+        if self._stage < LARGEST_STAGE:
             held = self._engine.optimizer
             held._hp_optimizer_states_linked = False
             held._lazy_init_hp_params_optimizer_state()  # neither has a public name
@@ -200,7 +202,7 @@ class Zero:
 
     def _global_norm(self) -> float:
         held = self._engine.optimizer
-        if self._stage == _LARGEST:
+        if self._stage == LARGEST_STAGE:
             norms = held._get_norm_groups()
             norm = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in norms])
             # DeepSpeed marks a norm that is not finite by -1.

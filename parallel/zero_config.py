@@ -31,7 +31,7 @@ _REFUSED = {
     "communication_data_type": "gradients are summed in float32",
     "zero_allow_untested_optimizer": "it is set as torch's AdamW needs it",
 }
-_LARGEST_STAGE = 3
+LARGEST_STAGE = 3  # the one that shards parameters, too
 
 
 def read(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def _zero(given: Any) -> dict[str, Any]:
     # What is left of auto follows from the model in other trainers; DeepSpeed's own defaults serve.
     out = {key: value for key, value in given.items() if value != AUTO}
     stage = out.setdefault("stage", 2)
-    if isinstance(stage, bool) or not isinstance(stage, int) or not 1 <= stage <= _LARGEST_STAGE:
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 1 <= stage <= LARGEST_STAGE:
         raise Fault(
-            f"parallel.deepspeed: zero_optimization.stage is {stage!r}; give 1, 2 or {_LARGEST_STAGE} "
+            f"parallel.deepspeed: zero_optimization.stage is {stage!r}; give 1, 2 or {LARGEST_STAGE} "
             "(without sharding: parallel.engine=fsdp)"
         )
     return out
