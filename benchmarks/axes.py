@@ -57,7 +57,7 @@ def write_data(folder: Path) -> None:
 
 def run(title: str, ranks: int, arm: str, settings: Any, folder: Path) -> dict[str, Any]:
     words = [] if settings is None else [str(settings)]
-    if arm == "ringspan":
+    if isinstance(settings, dict):
         base = {
             "model.config": FIELDS,
             "model.tokenizer": str(folder / "tokenizer"),

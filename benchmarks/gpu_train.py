@@ -22,6 +22,8 @@ from ringspan.finetune.loss import chunked_cross_entropy
 from ringspan.finetune.model import Trained, build
 from ringspan.kernels.mask import Causal, Mask, Span
 from ringspan.parallel.context import SequenceContext
+from ringspan.parallel.parts import parts_of
+from ringspan.parallel.recompute import checkpoint_layers
 
 ROW_S = 110
 STEPS = 3  # timed, after one that warms up
@@ -81,7 +83,8 @@ def run(record: Record) -> None:
     product = next(row for row in record.data["rows"] if row["key"] == "matmul")
     torch.manual_seed(0)
     with torch.device(clock.device):  # random weights are made where they will be used
-        trained = build(llama(record.dry), path=None, checkpointing=True)
+        trained = build(llama(record.dry), path=None)
+    checkpoint_layers(parts_of(trained.model).layers, "selective")
     initial = [p.detach().clone() for p in trained.model.parameters()]
     for arm in arms(record.dry):
         with record.row(arm.key, ROW_S, **facts(arm, trained)) as row:
@@ -148,8 +151,9 @@ def step(arm: Arm, trained: Trained, context: SequenceContext, batch: dict[str, 
     # SDPA sees the whole sequence as one causal square; position ids would have transformers look for documents.
     given = {**local, **context.kwargs()} if arm.attention == "ringspan" else {"input_ids": local["input_ids"]}
     with torch.autocast(clock.device.type, torch.bfloat16, enabled=not clock.dry):
-        hidden = trained.decoder(**given | {"use_cache": False}).last_hidden_state
-        loss = chunked_cross_entropy(hidden, trained.head, labels, chunk=4096) / (labels != -100).sum()
+        parts = parts_of(trained.model)
+        hidden = parts.decoder(**given | {"use_cache": False}).last_hidden_state
+        loss = chunked_cross_entropy(hidden, parts.head, labels, chunk=4096) / (labels != -100).sum()
     loss.backward()
     clip_grad_norm_(trained.model.parameters(), 1.0)
     return loss.detach()

@@ -73,8 +73,8 @@ def check_deepspeed(config: Config) -> None:
     stage = zero_config(config, ranks)["zero_optimization"]["stage"]  # the batch is checked once the world is known
     if stage == LARGEST_STAGE and train.mlp_tile is not None:
         raise Fault(
-            f"train.mlp_tile: {train.mlp_tile} does not compose with ZeRO-3, which cuts the weights that tiles need whole; "
-            "leave it out, take stage 2, or parallel.engine=fsdp"
+            f"train.mlp_tile: {train.mlp_tile} does not compose with ZeRO-3, which cuts the weights that tiles need "
+            "whole; leave it out, take stage 2, or parallel.engine=fsdp"
         )
 
 

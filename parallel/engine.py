@@ -25,7 +25,10 @@ from ringspan.parallel.tensor import sum_replicated
 class Saved(Protocol):
     """A checkpoint's tensors; ``finetune.shards.Reader`` is one."""
 
-    tensors: Mapping[str, Any]
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What there is, by name; ``size`` is its shape."""
+        ...
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors of this rank, sharded in whatever way, in place."""

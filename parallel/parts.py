@@ -49,4 +49,11 @@ def parts_of(model: nn.Module) -> Parts:
             f"model: {type(base).__name__} has no {', no '.join(missing)}; data, tensor and pipeline parallelism "
             "serve models built like Llama's"
         )
-    return Parts(base, decoder, cast(nn.Module, embed), cast(nn.ModuleList, layers), cast(nn.Module, norm), head)
+    return Parts(
+        base,
+        decoder,
+        cast(nn.Module, embed),
+        cast(nn.ModuleList, layers),
+        cast(nn.Module, norm),
+        cast(nn.Module, head),
+    )

@@ -208,7 +208,7 @@ class Pipeline:
         travels = torch.empty(*shape, self._width, dtype=self._dtype, device="meta", requires_grad=True)
         number = torch.empty(1, dtype=torch.int64, device="meta")
         loss = torch.empty((), dtype=self._dtype, device="meta", requires_grad=True)
-        stages = [
+        stages: list[Any] = [
             PipelineStage(
                 stage,
                 index,

@@ -108,10 +108,11 @@ def _some_layers(parts: Parts, run: range, *, first: bool, last: bool) -> nn.Mod
     decoder._modules = dict(parts.decoder._modules)
     decoder.layers = nn.ModuleList(parts.layers[index] for index in run)
     # The forward looks up the kind of its n-th layer here.
-    decoder.config = copy.copy(parts.decoder.config)
-    decoder.config.num_hidden_layers = len(run)
-    if getattr(decoder.config, "layer_types", None):
-        decoder.config.layer_types = [decoder.config.layer_types[index] for index in run]
+    config: Any = copy.copy(parts.decoder.config)
+    config.num_hidden_layers = len(run)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in run]
+    decoder.config = config
     if not first:
         decoder.embed_tokens = None
     if not last:

@@ -38,9 +38,9 @@ def scatter_sum(x: Tensor, group: dist.ProcessGroup, *, recompute_first: bool = 
     Args:
         x: this rank's part of the sum.
         group: the ranks.
-        recompute_first: where checkpointing recomputes x, let the backward do so before it gathers. It is required where
-            what follows depends on a rank's tokens: experts that see none are in no graph, and ranks that recompute
-            at different times would meet in different calls.
+        recompute_first: where checkpointing recomputes x, let the backward do so before it gathers. It is required
+            where what follows depends on a rank's tokens: experts that see none are in no graph, and ranks that
+            recompute at different times would meet in different calls.
     """
     return _Scatter.apply(x, group, recompute_first)  # pyright: ignore[reportReturnType]
 

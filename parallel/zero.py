@@ -132,7 +132,7 @@ class Zero:
             self._link_state()
         rank = dist.get_rank(self._group)
         for number, (name, parameter) in enumerate(self._trained()):
-            found = {f"model/{name}": self.whole(parameter)}
+            found: dict[str, Any] = {f"model/{name}": self.whole(parameter)}
             for key in _STATE if self._steps() else ():
                 found[f"optimizer/{name}/{key}"] = safe_get_full_optimizer_state(parameter, key)
             if number % self._world == rank:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity_cases import Case, zero
+from torch import nn
 
 from ringspan.configs.schema import Config
 from ringspan.finetune.loss import ChunkedLoss
@@ -33,10 +34,10 @@ def poisoned(group: dist.ProcessGroup, config: Config, value: float) -> dict[str
     state = State.start(config, place, read_tokenizer(build.tokenizer_path(config)), None)
     context = build.make_context(config, place)
     meter, rows, weights = Meter(config, place, state.trained, context), [], []
-    plain = ChunkedLoss.total
+    plain: Any = ChunkedLoss.total
 
-    def total(self: ChunkedLoss, *args: Any) -> torch.Tensor:
-        return plain(self, *args) * (value if state.step == BAD and place.rank == 1 else 1.0)
+    def total(self: ChunkedLoss, hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+        return plain(self, hidden, head, labels) * (value if state.step == BAD and place.rank == 1 else 1.0)
 
     ChunkedLoss.total = total
     try:
