@@ -74,9 +74,7 @@ def resolve(
     """
     out = copy.deepcopy(dict(given))
     for name, why in _REFUSED.items():
-        value = out.pop(name, None)
-        on = value.get("enabled", True) if isinstance(value, Mapping) else value is not None
-        if value != AUTO and on and value is not None:
+        if _says_something(name, out.pop(name, None)):
             raise Fault(f"parallel.deepspeed: {name} is set, but {why}; leave {name} out")
     ours: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch, "train.batch_size"),
@@ -99,6 +97,17 @@ def resolve(
     out.setdefault("steps_per_print", 10**9)  # progress is shown by the caller
     out["zero_allow_untested_optimizer"] = True
     return out
+
+
+def _says_something(name: str, value: Any) -> bool:
+    """Whether a section is more than absent, switched off, or left to us."""
+    if value is None or value == AUTO:
+        return False
+    if not isinstance(value, Mapping):
+        return True
+    if name == "optimizer" and value.get("type") == "AdamW":  # as other trainers write it: ours, its numbers auto
+        return any(number != AUTO for number in value.get("params", {}).values())
+    return value.get("enabled", True) not in (False, AUTO)
 
 
 def _zero(given: Any) -> dict[str, Any]:
