@@ -70,7 +70,8 @@ def refused(group: dist.ProcessGroup, how: str) -> list[Any]:
     if how == "nothing summed":
         parts.config.base_model_tp_plan = {f"layers.*.self_attn.{name}": "colwise" for name in ATTENTION[:3]}
     if how == "a parameter":
-        parts.layers[2].self_attn.register_parameter("temperature", nn.Parameter(torch.ones(4)))
+        block: Any = parts.layers[2].self_attn
+        block.temperature = nn.Parameter(torch.ones(4))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("x" if how == "mesh" else "tp",))
     before = list(model.parameters())
     try:
