@@ -177,6 +177,32 @@ CASES = (
     Case(
         "zero3-dp2-cp2", {"dp_shard": 2, "cp": 2}, "qwen3", zero(3, **{"train.activation_checkpointing": "selective"})
     ),
+    Case("dp2-host", {"dp_shard": 2}, settings={"parallel.cpu_offload": True}),
     Case("pp2-cp2-tp2", {"pp": 2, "cp": 2, "tp": 2}, "qwen3", full=True),
     Case("pp2-hsdp2-tp2", {"pp": 2, "dp_replicate": 2, "tp": 2}, "gpt_oss", full=True),
 )
+
+
+def product() -> tuple[Case, ...]:
+    """Return every mesh with every model and with what changes its layers: the nightly run."""
+    meshes = {
+        "cp2": {"cp": 2},
+        "cp4": {"cp": 4},
+        "dp2-cp2": {"dp_shard": 2, "cp": 2},
+        "cp2-tp2": {"cp": 2, "tp": 2},
+        "pp2-cp2": {"pp": 2, "cp": 2},
+        "pp2-dp2": {"pp": 2, "dp_shard": 2},
+        "hsdp2-tp2": {"dp_replicate": 2, "tp": 2},
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "lora-full": {"lora.r": 4, "train.activation_checkpointing": "full"},
+        "balanced-offload": {"attention.layout": "balanced", "train.activation_checkpointing": "offload"},
+        "tiles-s2": {"train.mlp_tile": 33, "attention.mask": "s2_attention(32)"},
+    }
+    return tuple(
+        Case(f"{mesh}-{kind}-{change}", sizes, kind, settings, full=True)
+        for mesh, sizes in meshes.items()
+        for kind in KINDS
+        for change, settings in changes.items()
+    )

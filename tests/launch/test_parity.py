@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_cases import CASES, STEPS, Case, on_mesh, truth
+from parity_cases import CASES, STEPS, Case, on_mesh, product, truth
 
 from ringspan.parallel.testing import run_ranks
 
@@ -24,7 +24,7 @@ def marks(case: Case) -> list[Any]:
     return found + ([pytest.mark.needs(case.needs)] if case.needs else [])
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case), id=case.name) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case), id=case.name) for case in (*CASES, *product())])
 def test_a_mesh_learns_what_one_rank_learns(case: Case, tmp_path: Path, text_folder: Path) -> None:
     config = case.config(tmp_path, text_folder)
     found = run_ranks(on_mesh, case.world, config, timeout=150)

@@ -183,3 +183,25 @@ def test_lora_trains_alike_on_two_ranks(tiny: Any) -> None:
     for key, tensor in adapters[0].items():
         # An adapter whose gradient one rank lacked would drift by the size of Adam's steps.
         assert torch.allclose(adapters[1][key], tensor, rtol=0, atol=2e-3), key
+
+
+@pytest.mark.needs("gxx")
+def test_compiled_layers_lose_alike(tiny: Any) -> None:
+    """Also with their activations computed anew, on two ranks."""
+    steps = {"max_steps": 3}
+    plain = tiny.train(tiny.config("plain", train=steps, parallel={"cp": 2}))
+    assert plain.returncode == 0, plain.stderr
+    more = {**steps, "compile": True, "activation_checkpointing": "selective"}
+    done = tiny.train(tiny.config("compiled", train=more, parallel={"cp": 2}), timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert tiny.losses("compiled") == pytest.approx(tiny.losses("plain"), rel=1e-5)
+
+
+def test_parameters_gathered_in_bfloat16_train(tiny: Any) -> None:
+    """Gradients and weights stay float32: the loss falls as without."""
+    done = tiny.train(
+        tiny.config(model={"dtype": "bfloat16"}, parallel={"dp_shard": 2, "gather_dtype": "bfloat16"}), timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert tiny.losses()[-1] < tiny.losses()[0] - 0.5
+    assert {tensor.dtype for tensor in saved(tiny.folder / "run", 10).values()} == {torch.float32}
