@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -137,6 +139,8 @@ def joined(sizes: Sizes, timeout_s: int) -> Iterator[Place]:
         sizes.check_node(local_world)
     except ValueError as error:
         raise Fault(f"parallel.{error}") from error
+    if world > 1:
+        _end_with_the_launcher()
     torch.set_num_threads(_threads(local_world))
     # Attention weights far from the peak underflow to denormals, on which a CPU computes up to six times slower. Set
     # before the first parallel region: threads inherit it when they start.
@@ -153,6 +157,13 @@ def joined(sizes: Sizes, timeout_s: int) -> Iterator[Place]:
         yield Place(rank, world, device, dist.group.WORLD, mesh_of(sizes, device.type))
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """Let the kernel end this rank when the process that started it is gone: a killed launcher tells nobody."""
+    if sys.platform == "linux":
+        end_when_parent_ends = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(end_when_parent_ends, int(signal.SIGTERM))
 
 
 def _resolved(sizes: Sizes, world: int) -> Sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -52,6 +53,16 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: reader.whole(name) for name in reader.tensors if name.startswith("model/")}
 
 
+def ranks_of(config: Path) -> list[str]:
+    """Return the processes that run a config."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(config) in (folder / "cmdline").read_text() and "Z" not in (folder / "stat").read_text().split()[2]:
+                found.append(folder.name)
+    return found
+
+
 def wait_for(path: Path, child: Any, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -77,6 +88,12 @@ def test_a_killed_run_resumes_on_the_same_curve_bit_for_bit(tiny: Any, cp: int) 
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
+    # Ranks have sessions of their own, and end with who started them all the same.
+    deadline = time.monotonic() + 30
+    while left := ranks_of(broken):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+    assert len(tiny.metrics("broken")) < 12
     done = tiny.train(broken)
     assert done.returncode == 0, done.stderr
     assert "from step 0" not in done.stdout
