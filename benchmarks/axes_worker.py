@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 LENGTH = 4096
-STEPS = 4
+STEPS = 3
 FIELDS: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": LENGTH,

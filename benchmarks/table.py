@@ -31,6 +31,7 @@ def rows() -> list[tuple[str, str, str]]:
             ("bytes received / lower bound, the same", f"{ring['received_over_bound']:.3f}", command),
         ]
     found += exchange_rows()
+    found += mesh_rows()
     if ranges := load("block_ranges"):
         figure = ", ".join(f"{arm['milliseconds']:.0f}" for arm in ranges["documents"].values())
         counts = ", ".join(ranges["documents"])
@@ -109,6 +110,40 @@ def exchange_rows() -> list[tuple[str, str, str]]:
             times = "; ".join(f"{title} {over:.2f}" for title, over in case["their_time_over_ours"].items())
             what = f"2 CPU ranks, {case['case']} at {case['length'] // 1024}K, {peers['heads']}: time / our ring's"
             found.append((what, times, "`python benchmarks/ring_peers.py`"))
+    return found
+
+
+def mesh_rows() -> list[tuple[str, str, str]]:
+    """Return the rows of meshes: against one rank, resumed, their memory and speed."""
+    found: list[tuple[str, str, str]] = []
+    if parity := load("parity"):
+        command, rows_ = "`python benchmarks/parity.py`", parity["rows"]
+        what = f"{len(rows_)} meshes and engines against one rank, fp32: "
+        found.append(
+            (what + "worst relative error of any gradient", f"{max(r['gradient'] for r in rows_):.0e}", command)
+        )
+        found.append((what + "of ten losses", f"{max(r['curve'] for r in rows_):.0e}", command))
+    if resume := load("resume"):
+        worst = resume["largest_relative_difference_after"]
+        what = "killed on 4 ranks (dp 2 x cp 2), resumed on 2 (tp 2): losses' largest relative difference"
+        found.append((what, f"{worst:.0e}", "`python benchmarks/resume.py`"))
+    if axes := load("axes"):
+        rows_ = {row["title"]: row for row in axes["rows"] if "failed" not in row}
+        pairs = [("cp 2", "DeepSpeed Ulysses 2, ZeRO-3"), ("dp 2", "FSDP2 alone, dp 2")]
+        for mine, theirs in (pair for pair in pairs if set(pair) <= set(rows_)):
+            ours, peer = rows_[mine], rows_[theirs]
+            memory = max(ours["peak_bytes"]) / max(peer["peak_bytes"])
+            speed = ours["tokens_per_second"] / peer["tokens_per_second"]
+            what = f"2 CPU ranks, {mine} / {theirs}: memory of a rank; tokens/s"
+            found.append((what, f"{memory:.2f}; {speed:.2f}", "`python benchmarks/axes.py`"))
+    if fits := load("fits"):
+        command, flat = "`python benchmarks/fits.py`", [row["bytes"] for row in fits["flat"]]
+        what = "memory of a rank on 1, 2, 4 ranks with 8K tokens each, over that of 1"
+        found.append((what, ", ".join(f"{size / flat[0]:.2f}" for size in flat), command))
+        ours, limit = fits["ours"], fits["limit_bytes"]
+        what = f"tokens on 2 ranks of at most {limit >> 30} GiB / on one with HF Trainer ({fits['trainer_tokens']:,})"
+        fit = f"at least {fits['times']}" if fits["ours_fits"] else f"not {fits['times']}"
+        found.append((what, f"{fit} ({ours['bytes'] / 2**30:.1f} GiB)", command))
     return found
 
 

@@ -94,6 +94,17 @@ def sequences(config: Config, place: Place) -> int:
     return config.train.batch_size * config.train.gradient_accumulation_steps * place.dp
 
 
+def other_steps(found: checkpoint.Found, config: Config, place: Place) -> str | None:
+    """Say so, where a step trains on more or fewer sequences than those of the checkpoint did."""
+    before, now = found.state["sequences_per_step"], sequences(config, place)
+    if before == now:
+        return None
+    return (
+        f"note: a step trained on {before} sequences until step {found.step}, and on {now} from now on; to stay on the "
+        f"curve give train.gradient_accumulation_steps x dp so that they are {before}"
+    )
+
+
 def find(config: Config, place: Place) -> checkpoint.Found | None:
     """Return the checkpoint to go on from, verified by all ranks together, or None to start afresh.
 

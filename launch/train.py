@@ -53,6 +53,8 @@ def train(config: Config, place: Place, stage: Stage) -> int:
     saver = saving.Saving(config, place, state)
     tracker = together(place.group, "tracker", lambda: build.make_tracker(config, state.step) if first else None)
     console.banner(_facts(config, place, state, tracker))
+    if saved is not None and (note := saving.other_steps(saved, config, place)):
+        console.line(note)
     stage.code = FAILED
     told: set[str] = set()
     try:
@@ -101,7 +103,7 @@ def train_step(config: Config, place: Place, state: State, context: SequenceCont
     loss = state.engine.backward(batches, 1 / data.scored)
     found, rate = state.engine.finish(loss), state.rate(config)
     if found.bad:
-        _not_finite(config, state, found)
+        _not_finite(config, place, state, found)
         state.engine.skip()
         state.skipped += 1
     else:
@@ -120,7 +122,7 @@ def train_step(config: Config, place: Place, state: State, context: SequenceCont
     }
 
 
-def _not_finite(config: Config, state: State, found: Sums) -> None:
+def _not_finite(config: Config, place: Place, state: State, found: Sums) -> None:
     """Stop, or say what is skipped, as the config has it.
 
     Raises:
@@ -133,6 +135,8 @@ def _not_finite(config: Config, state: State, found: Sums) -> None:
             f"{text}; the last checkpoint is unharmed: lower train.learning_rate and resume, or set "
             "train.on_nonfinite=skip to leave such steps out"
         )
+    if place.rank == 0:
+        print(f"ringspan: {text}; left out", file=sys.stderr, flush=True)
 
 
 def _facts(config: Config, place: Place, state: State, tracker: Tracker | None) -> dict[str, str]:

@@ -55,4 +55,8 @@ def test_a_ds_config_file_is_read(tiny: Any, extensions: None) -> None:
     again = tiny.train(tiny.config(parallel={"cp": 2}), "--train.max_steps", "6", "train.gradient_accumulation_steps=2")
     assert again.returncode == 0, again.stderr
     assert "from step 4" in again.stdout
-    assert len(tiny.losses()) == 6
+    assert "note: a step trained on" not in again.stdout
+    more = tiny.train(tiny.config(parallel={"cp": 2}), "--train.max_steps", "7")
+    assert more.returncode == 0, more.stderr
+    assert "note: a step trained on 2 sequences until step 6, and on 1 from now on" in more.stdout
+    assert len(tiny.losses()) == 7
