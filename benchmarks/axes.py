@@ -97,13 +97,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [row for row in rows if "failed" not in row][::-1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.34 * len(shown) + 1), dpi=110, sharey=True)
+    panels = [([max(row["peak_bytes"]) / 2**20 for row in shown], "MiB a rank, the fullest")]
+    if all("tokens_per_second" in row for row in shown):
+        panels.append(([row["tokens_per_second"] for row in shown], "tokens a second, all ranks (two cores)"))
+    size = (5 * len(panels) + 1, 0.34 * len(shown) + 1)
+    figure, grid = plt.subplots(1, len(panels), figsize=size, dpi=110, sharey=True, squeeze=False)
     colors = ["#9aa7b5" if any(peer in row["title"] for peer in PEERS) else "#1f5fa8" for row in shown]
     names = [f"{row['title']}  ({row['ranks']})" for row in shown]
-    for axes, values, title in (
-        (left, [max(row["peak_bytes"]) / 2**20 for row in shown], "MiB a rank, the fullest"),
-        (right, [row["tokens_per_second"] for row in shown], "tokens a second, all ranks (two cores)"),
-    ):
+    for axes, (values, title) in zip(grid[0], panels, strict=True):
         bars = axes.barh(names, values, color=colors)
         axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
         axes.set_title(title, fontsize=10, loc="left")
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--draw", type=Path)
     parser.add_argument("--only", default="", help="a part of the titles to run")
+    parser.add_argument("--memory", action="store_true", help="leave speeds out: other work shares the machine")
     chosen = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="ringspan-axes-") as place:
@@ -126,6 +128,8 @@ def main() -> None:
         for arm in ARMS:
             if chosen.only in arm[0]:
                 rows.append(row := run(*arm, Path(place)))
+                if chosen.memory:
+                    row.pop("tokens_per_second", None)
                 print(json.dumps(row), flush=True)
     if chosen.out:
         chosen.out.write_text(json.dumps({"length": LENGTH, "rows": rows}, indent=1) + "\n")

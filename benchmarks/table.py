@@ -132,18 +132,21 @@ def mesh_rows() -> list[tuple[str, str, str]]:
         pairs = [("cp 2", "DeepSpeed Ulysses 2, ZeRO-3"), ("dp 2", "FSDP2 alone, dp 2")]
         for mine, theirs in (pair for pair in pairs if set(pair) <= set(rows_)):
             ours, peer = rows_[mine], rows_[theirs]
-            memory = max(ours["peak_bytes"]) / max(peer["peak_bytes"])
-            speed = ours["tokens_per_second"] / peer["tokens_per_second"]
-            what = f"2 CPU ranks, {mine} / {theirs}: memory of a rank; tokens/s"
-            found.append((what, f"{memory:.2f}; {speed:.2f}", "`python benchmarks/axes.py`"))
+            figure = f"{max(ours['peak_bytes']) / max(peer['peak_bytes']):.2f}"
+            what = f"2 CPU ranks, {mine} / {theirs}: memory of a rank"
+            if "tokens_per_second" in ours:
+                what += "; tokens/s"
+                figure += f"; {ours['tokens_per_second'] / peer['tokens_per_second']:.2f}"
+            found.append((what, figure, "`python benchmarks/axes.py`"))
     if fits := load("fits"):
         command, flat = "`python benchmarks/fits.py`", [row["bytes"] for row in fits["flat"]]
         what = "memory of a rank on 1, 2, 4 ranks with 8K tokens each, over that of 1"
         found.append((what, ", ".join(f"{size / flat[0]:.2f}" for size in flat), command))
+    if fits and "ours" in fits:
         ours, limit = fits["ours"], fits["limit_bytes"]
         what = f"tokens on 2 ranks of at most {limit >> 30} GiB / on one with HF Trainer ({fits['trainer_tokens']:,})"
         fit = f"at least {fits['times']}" if fits["ours_fits"] else f"not {fits['times']}"
-        found.append((what, f"{fit} ({ours['bytes'] / 2**30:.1f} GiB)", command))
+        found.append((what, f"{fit} ({ours['bytes'] / 2**30:.1f} GiB)", "`python benchmarks/fits.py`"))
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
@@ -27,7 +28,7 @@ from torch.distributed.pipelining.schedules import (
 
 from ringspan.parallel.data import local
 from ringspan.parallel.parts import parts_of
-from ringspan.parallel.pipeline_stage import Stage
+from ringspan.parallel.pipeline_stage import Stage, check_decoder
 from ringspan.parallel.scorer import Batch, Loss, reshard
 from ringspan.parallel.stages import cut, layer_cost
 from ringspan.parallel.tensor_moves import shares
@@ -97,7 +98,11 @@ class Pipeline:
         tokens: the most tokens of a sequence that this rank can have.
         length: of a whole sequence, to reckon what a layer costs.
         tp: tensor parallel ranks, and which of them this is; between layers they share the tokens.
-        prepare: called with each stage of this rank and its layers, to shard, checkpoint or compile them.
+        prepare: called with each stage of this rank and its layers, to shard, checkpoint or compile them. Under
+            zero_bubble, what FSDP has gathered of a stage stays so for the whole step.
+
+    Raises:
+        ValueError: what the schedule or the model's decoder cannot do, see ``check_pipeline`` and ``check_decoder``.
     """
 
     def __init__(
@@ -119,9 +124,11 @@ class Pipeline:
             (name for name, _ in model.named_parameters()), not all(p.requires_grad for p in model.parameters())
         )
         check_pipeline(len(parts.layers), ranks, schedule, micro_batches, lost)
+        check_decoder(model)
         weight = next(parts.decoder.parameters())
         self._device, self._dtype, self._group = weight.device, weight.dtype, mesh.get_group()
         self._rank, self._ranks = rank, ranks
+        self._micro_batches, self._batch, self._tokens = micro_batches, batch, tokens
 
         def share(count: int) -> int:
             return shares(count, tp[0])[tp[1]]
@@ -135,13 +142,20 @@ class Pipeline:
         _forget_layers(model)
         for stage in self.stages.values():
             prepare(stage, list(stage.decoder.layers))  # pyright: ignore[reportArgumentType]
+            if schedule == "zero_bubble":
+                _keep_gathered(stage)
         self._schedule = self._scheduled(schedule, micro_batches, (batch, share(tokens)))
         holds_both = all(index in self.stages for index in (0, self._stages - 1))
         tied_last = next((s.embedding for s in self.stages.values() if s.last and s.tied), None)
         self.copies = frozenset() if tied_last is None or holds_both else frozenset({tied_last})
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """See ``Runner``; as many batches as ``micro_batches``."""
+        """See ``Runner``; as many batches as ``micro_batches``.
+
+        Raises:
+            ValueError: for another number of batches, or one of another size than the pipeline was made for.
+        """
+        self._check(batches)
         for stage in self.stages.values():
             stage.batches, stage.scale = batches, scale
         index = torch.arange(len(batches))
@@ -227,6 +241,18 @@ class Pipeline:
         assert issubclass(kind, PipelineScheduleSingle)
         return kind(stages[0], micro_batches, **settings)
 
+    def _check(self, batches: Sequence[Batch]) -> None:
+        if len(batches) != self._micro_batches:
+            raise ValueError(f"batches: {len(batches)}, but the schedule is of micro_batches={self._micro_batches}")
+        for number, batch in enumerate(batches):
+            sequences, tokens = batch["input_ids"].shape
+            if sequences != self._batch or tokens > self._tokens:
+                raise ValueError(
+                    f"batches: number {number} has {sequences} x {tokens} tokens, and what travels between stages "
+                    f"holds {self._batch} x {self._tokens}; give the pipeline batch={sequences} and tokens of at "
+                    f"least {tokens}"
+                )
+
 
 def _runs(model: nn.Module, stages: int, length: int) -> tuple[range, ...]:
     """Cut a model's layers by cost; the loss is the last stage's, the embedding costs about nothing."""
@@ -236,6 +262,17 @@ def _runs(model: nn.Module, stages: int, length: int) -> tuple[range, ...]:
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     costs = [layer_cost(sum(p.numel() for p in layer.parameters()), heads, head_dim, length) for layer in parts.layers]
     return cut(costs, stages, last=float(config.vocab_size * config.hidden_size))
+
+
+def _keep_gathered(stage: nn.Module) -> None:
+    """Let FSDP keep a stage's parameters from the forward to the end of the step.
+
+    A backward pass that is taken apart looks its weights up among the stage's parameters. Those given back meanwhile
+    are no longer the ones that were computed with: torch finds nothing, and leaves them without gradients in silence.
+    """
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False)
 
 
 def _forget_layers(model: nn.Module) -> None:

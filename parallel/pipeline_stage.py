@@ -107,14 +107,66 @@ def _some_layers(parts: Parts, run: range, *, first: bool, last: bool) -> nn.Mod
     decoder: Any = copy.copy(parts.decoder)
     decoder._modules = dict(parts.decoder._modules)
     decoder.layers = nn.ModuleList(parts.layers[index] for index in run)
-    # The forward looks up the kind of its n-th layer here.
-    config: Any = copy.copy(parts.decoder.config)
-    config.num_hidden_layers = len(run)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in run]
-    decoder.config = config
+    decoder.config = _config_of_some(parts.decoder.config, run, len(parts.layers))
     if not first:
         decoder.embed_tokens = None
     if not last:
         decoder.norm = nn.Identity()
     return decoder
+
+
+def _config_of_some(config: Any, run: range, layers: int) -> Any:
+    """Return a copy of a decoder's config whose lists by layer (``layer_types``, ``layer_rope_theta``) are of ``run``.
+
+    The forward looks its n-th layer up there by n, and a stage counts from its own first layer.
+    """
+    config = copy.copy(config)
+    by_layer = {name: value for name, value in vars(config).items() if "layer" in name and _has(value, layers)}
+    config.num_hidden_layers = len(run)
+    for name, value in by_layer.items():
+        setattr(config, name, [value[index] for index in run])
+    return config
+
+
+def _has(value: Any, layers: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == layers
+
+
+class _Mark(nn.Module):
+    """Stands in for the last norm: what it does shows whether it was called once, and on what."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Check that a decoder does to hidden states nothing but its layers and the last norm.
+
+    Some scale their inputs, or drop some out, whether these are embeddings or not (Granite): stages would each do it
+    again, and train another model in silence. So the decoder's own forward is tried without layers.
+
+    Raises:
+        ValueError: names the model, what it does, and the remedy.
+    """
+    parts = parts_of(model)
+    name = type(parts.base).__name__
+    decoder: Any = _some_layers(parts, range(0), first=False, last=True)
+    decoder.norm, decoder.training = _Mark(), True  # of this copy alone
+    weight = next(parts.decoder.parameters())
+    x = torch.linspace(-1, 1, 2 * int(parts.config.hidden_size), dtype=weight.dtype, device=weight.device)
+    x = x.view(1, 2, -1)
+    positions = torch.arange(2, device=weight.device)[None]
+    try:
+        with torch.no_grad():
+            found = decoder(inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state
+    except Exception as error:  # whatever the model's code raises, it cannot be a stage
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"model: {name}'s decoder does not run on hidden states alone, as a pipeline stage must "
+            f"({type(error).__name__}: {words}); set pp to 1"
+        ) from error
+    if found.shape != x.shape or not torch.equal(found, x + 1):
+        raise ValueError(
+            f"model: {name}'s decoder changes hidden states outside of its layers and last norm, which every pipeline "
+            "stage would do again; set pp to 1"
+        )

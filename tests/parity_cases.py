@@ -155,6 +155,7 @@ CASES = (
         {"parallel.schedule": "gpipe", "attention.layout": "balanced"},
     ),
     Case("pp2-zero_bubble", {"pp": 2}, "qwen3", {"parallel.schedule": "zero_bubble"}),
+    Case("pp2-cp2-zero_bubble", {"pp": 2, "cp": 2}, "qwen3", {"parallel.schedule": "zero_bubble"}),
     Case("dp2-cp2", {"dp_shard": 2, "cp": 2}, "gpt_oss"),
     Case("hsdp2-cp2", {"dp_replicate": 2, "cp": 2}, settings={"lora.r": 4, "train.activation_checkpointing": "full"}),
     Case("cp2-tp2", {"cp": 2, "tp": 2}, "gpt_oss", {"train.activation_checkpointing": "selective"}),

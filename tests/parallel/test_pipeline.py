@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from tiny import SIZES
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Starcoder2Config
 
 import ringspan.parallel.context  # noqa: F401 - registers "ringspan" with transformers
 from ringspan.finetune.loss import ChunkedLoss
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.mesh import Sizes, mesh_of
+from ringspan.parallel.parts import parts_of
 from ringspan.parallel.pipeline import Pipeline, check_pipeline, lost_when_split
+from ringspan.parallel.pipeline_stage import Stage, check_decoder
 from ringspan.parallel.scorer import Direct, Scorer
 from ringspan.parallel.testing import run_ranks
 
@@ -29,10 +31,10 @@ def model(tied: bool, lora: bool) -> Any:
     return get_peft_model(made, LoraConfig(r=2, target_modules="all-linear")) if lora else made
 
 
-def batches(context: SequenceContext) -> list[dict[str, Any]]:
+def batches(context: SequenceContext, lengths: tuple[list[int], ...] = EDGES) -> list[dict[str, Any]]:
     made = []
-    for number, edges in enumerate(EDGES):
-        ids = torch.randint(0, 97, (2, 45), generator=torch.Generator().manual_seed(number))
+    for number, edges in enumerate(lengths):
+        ids = torch.randint(0, 97, (2, edges[-1]), generator=torch.Generator().manual_seed(number))
         made.append(context.shard({"input_ids": ids, "labels": ids, "document_boundaries": edges}) | context.kwargs())
     return made
 
@@ -114,3 +116,88 @@ def test_what_a_split_backward_pass_loses() -> None:
     assert lost_when_split(["a.weight"], frozen=False) == ""
     assert lost_when_split(["a.sinks"], frozen=False) == "learned sinks"
     assert lost_when_split(["a.sinks"], frozen=True) == "learned sinks and of LoRA"
+
+
+def scaled(factor: float, **settings: Any) -> Any:
+    """A decoder that multiplies whatever it is given by ``factor``, an embedding or not."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    return from_config(GraniteConfig(**sizes, embedding_multiplier=factor, **settings))
+
+
+def from_config(config: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config, attn_implementation="ringspan", dtype=torch.float32).eval()
+
+
+def test_a_decoder_that_changes_hidden_states_outside_of_its_layers_is_refused() -> None:
+    dropping = from_config(Starcoder2Config(**SIZES, embedding_dropout=0.1))
+    for made, name in ((scaled(12.0), "GraniteForCausalLM"), (dropping, "Starcoder2ForCausalLM")):
+        with pytest.raises(ValueError, match=f"{name}'s decoder changes hidden states outside of its .* set pp to 1"):
+            check_decoder(made)
+        assert not made.training
+        assert not parts_of(made).decoder.training
+
+
+def test_a_decoder_that_needs_token_ids_in_every_stage_is_refused_in_one_line() -> None:
+    made = from_config(LlamaConfig(**SIZES))
+
+    def forward(**given: Any) -> Any:
+        return given["input_ids"] + 1
+
+    parts_of(made).decoder.forward = forward
+    with pytest.raises(ValueError, match=r"does not run on hidden states alone.*KeyError: 'input_ids'\); set pp to 1$"):
+        check_decoder(made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_decoders_are_let_through_and_stay_as_they_are(dtype: torch.dtype) -> None:
+    for made in (scaled(1.0), from_config(Starcoder2Config(**SIZES, embedding_dropout=0.0)), model(True, True)):
+        parts = parts_of(made.to(dtype))
+        check_decoder(made)
+        assert (len(parts.layers), parts.norm, parts.config.num_hidden_layers) == (
+            parts.config.num_hidden_layers, parts_of(made).norm, len(parts.layers),
+        )  # fmt: skip
+
+
+def test_a_stage_has_its_own_part_of_every_list_by_layer() -> None:
+    whole = model(False, False)
+    config = parts_of(whole).decoder.config
+    kinds, thetas = ["full_attention"] * 4 + ["sliding_attention"], [1e4, 1e3, 1e2, 10.0, 1.0]
+    config.layer_types, config.layer_rope_theta, config.eos_token_id = kinds, thetas, [1, 2, 3, 4, 5]
+    stage = Stage(whole, range(2, 5), ChunkedLoss(7), tokens=45, share=lambda count: count, dtype=torch.float64)
+    own: Any = stage.decoder.config
+    assert (own.num_hidden_layers, own.layer_types, own.layer_rope_theta) == (3, kinds[2:], thetas[2:])
+    assert own.eos_token_id == [1, 2, 3, 4, 5]
+    assert (config.num_hidden_layers, config.layer_types, config.layer_rope_theta) == (5, kinds, thetas)
+
+
+def wrong_sizes(group: dist.ProcessGroup) -> list[Any]:
+    """What is said of wrong batches, and whether a shorter batch is judged as one rank does."""
+    context, whole = SequenceContext(), model(False, False)
+    shorter = batches(context, ([0, 5, 31],))[0]
+    truth = Direct(Scorer(model(False, False), ChunkedLoss(7))).losses(shorter)
+    pipeline = Pipeline(
+        whole, mesh_of(Sizes(pp=2), "cpu")["pp"], schedule="1f1b", micro_batches=4, loss=ChunkedLoss(7),
+        batch=2, tokens=40, length=45,
+    )  # fmt: skip
+    said = []
+    for given in (batches(context)[:3], batches(context), [{**shorter, "input_ids": torch.zeros(3, 31)}] * 4):
+        try:
+            pipeline.backward(given, 1.0)
+        except ValueError as error:
+            said.append(str(error))
+    found = pipeline.losses(shorter)
+    assert truth is not None
+    return [said, None if found is None else [bool(torch.allclose(a, b)) for a, b in zip(found, truth, strict=True)]]
+
+
+def test_batches_that_do_not_fit_are_refused_before_anything_is_sent() -> None:
+    ranks = run_ranks(wrong_sizes, 2)
+    for said, _ in ranks:
+        assert said == [
+            "batches: 3, but the schedule is of micro_batches=4",
+            "batches: number 0 has 2 x 45 tokens, and what travels between stages holds 2 x 40; "
+            "give the pipeline batch=2 and tokens of at least 45",
+            "batches: number 0 has 3 x 31 tokens, and what travels between stages holds 2 x 40; "
+            "give the pipeline batch=3 and tokens of at least 31",
+        ]
+    assert [same for _, same in ranks] == [None, [True, True]]
