@@ -160,7 +160,7 @@ def test_other_decoders_are_let_through_and_stay_as_they_are(dtype: torch.dtype)
 
 def test_a_stage_has_its_own_part_of_every_list_by_layer() -> None:
     whole = model(False, False)
-    config = parts_of(whole).decoder.config
+    config: Any = parts_of(whole).decoder.config
     kinds, thetas = ["full_attention"] * 4 + ["sliding_attention"], [1e4, 1e3, 1e2, 10.0, 1.0]
     config.layer_types, config.layer_rope_theta, config.eos_token_id = kinds, thetas, [1, 2, 3, 4, 5]
     stage = Stage(whole, range(2, 5), ChunkedLoss(7), tokens=45, share=lambda count: count, dtype=torch.float64)
