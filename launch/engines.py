@@ -49,7 +49,6 @@ def check_mesh(config: Config, hf_config: Any) -> None:
                 parallel.pp,
                 parallel.schedule,
                 config.train.gradient_accumulation_steps,
-                "LoRA" if config.lora is not None else "",
             )
     except ValueError as error:
         raise Fault(f"parallel.{error}") from error

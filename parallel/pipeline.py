@@ -8,7 +8,7 @@ and so enter their exchanges in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,8 @@ _VIRTUAL = {"interleaved": 2}  # stages on each rank; one for the other schedule
 Prepare = Callable[[nn.Module, Sequence[nn.Module]], None]
 
 
-def check_pipeline(layers: int, pp: int, schedule: str, micro_batches: int, split: str = "") -> None:
+def check_pipeline(layers: int, pp: int, schedule: str, micro_batches: int) -> None:
     """Check that a schedule can run.
-
-    Args:
-        split: what of the model a backward pass that is taken apart would lose, see ``lost_when_split``.
 
     Raises:
         ValueError: names the argument, its value, the rule and the remedy.
@@ -67,22 +64,6 @@ def check_pipeline(layers: int, pp: int, schedule: str, micro_batches: int, spli
             f"schedule: {schedule} goes in {rounds} rounds ({micro_batches} micro-batches / pp {pp}), which do not "
             f"divide {micro_batches}; make gradient_accumulation_steps a multiple of {pp}"
         )
-    if schedule == "zero_bubble" and (what := split):
-        raise ValueError(
-            f"schedule: zero_bubble takes the backward pass apart, and torch's way of it loses the gradients of "
-            f"{what}; take schedule=1f1b or interleaved"
-        )
-
-
-def lost_when_split(names: Iterable[str], frozen: bool) -> str:
-    """Return which parameters have no gradient where weights' gradients are computed apart; "" for none.
-
-    Args:
-        names: of the model's parameters.
-        frozen: whether some of them are not trained.
-    """
-    found = ["learned sinks"] if any(name.endswith(".sinks") for name in names) else []
-    return " and of ".join([*found, *(["LoRA"] if frozen else [])])
 
 
 class Pipeline:
@@ -120,10 +101,7 @@ class Pipeline:
         prepare: Prepare = lambda stage, layers: None,
     ) -> None:
         parts, rank, ranks = parts_of(model), mesh.get_local_rank(), mesh.size()
-        lost = lost_when_split(
-            (name for name, _ in model.named_parameters()), not all(p.requires_grad for p in model.parameters())
-        )
-        check_pipeline(len(parts.layers), ranks, schedule, micro_batches, lost)
+        check_pipeline(len(parts.layers), ranks, schedule, micro_batches)
         check_decoder(model)
         weight = next(parts.decoder.parameters())
         self._device, self._dtype, self._group = weight.device, weight.dtype, mesh.get_group()

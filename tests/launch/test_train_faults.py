@@ -85,7 +85,6 @@ def test_ranks_with_different_configs_stop_before_anything_is_built(tiny: Any) -
         ({"parallel": {"tp": 4}}, r"parallel\.tp: 4 ranks cannot share 2 KV heads: 2 / 4 is no whole number"),
         ({"parallel": {"pp": 3}}, r"parallel\.pp: 1f1b makes 3 stages, and 2 layers are too few"),
         ({"parallel": {"pp": 2, "schedule": "interleaved"}}, r"4 stages \(2 on each of 2 ranks\), and 2 layers"),
-        ({"parallel": {"pp": 2, "schedule": "zero_bubble"}, "lora": {"r": 2}}, "zero_bubble.*loses.*LoRA"),
         (
             {"parallel": {"cp": 8, "ulysses": 8}, "attention": {"strategy": "ulysses"}},
             "attention.strategy: 'ulysses' cannot deal 4 query heads to 8 ranks",

@@ -16,7 +16,7 @@ from ringspan.finetune.loss import ChunkedLoss
 from ringspan.parallel.context import SequenceContext
 from ringspan.parallel.mesh import Sizes, mesh_of
 from ringspan.parallel.parts import parts_of
-from ringspan.parallel.pipeline import Pipeline, check_pipeline, lost_when_split
+from ringspan.parallel.pipeline import Pipeline, check_pipeline
 from ringspan.parallel.pipeline_stage import Stage, check_decoder
 from ringspan.parallel.scorer import Direct, Scorer
 from ringspan.parallel.testing import run_ranks
@@ -104,18 +104,11 @@ def test_stages_together_are_the_model(schedule: str, world: int, tied: bool, lo
         ((4, 4, "interleaved", 8), r"8 stages \(2 on each of 4 ranks\), and 4 layers are too few.*schedule=1f1b"),
         ((8, 2, "interleaved", 5), r"2 rounds \(5 micro-batches / pp 2\), which do not divide 5; make gradient_acc"),
         ((8, 2, "dance", 5), "schedule: 'dance' is not one of gpipe, 1f1b, interleaved, zero_bubble"),
-        ((8, 2, "zero_bubble", 4, "LoRA"), "loses the gradients of LoRA; take schedule=1f1b or interleaved"),
     ],
 )
 def test_what_cannot_run_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_pipeline(*arguments)
-
-
-def test_what_a_split_backward_pass_loses() -> None:
-    assert lost_when_split(["a.weight"], frozen=False) == ""
-    assert lost_when_split(["a.sinks"], frozen=False) == "learned sinks"
-    assert lost_when_split(["a.sinks"], frozen=True) == "learned sinks and of LoRA"
 
 
 def scaled(factor: float, **settings: Any) -> Any:
